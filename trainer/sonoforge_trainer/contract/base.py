@@ -1,0 +1,208 @@
+"""The base of every contract type, and the one way a document becomes one."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Self
+
+import annotated_types
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.alias_generators import to_camel
+
+
+class ContractError(ValueError):
+    """A document does not fit its contract.
+
+    The message has one line per fault: the path of the field, what was found and what is allowed.
+    """
+
+
+class Part(BaseModel):
+    """A frozen, closed record: unknown keys are errors, documents use camelCase, Python uses snake_case."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=to_camel,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+    @classmethod
+    def parse(cls, document: object, *, where: str = "", show_values: bool = True) -> Self:
+        """Validate a plain document (the result of reading YAML or JSON).
+
+        `where` prefixes every path in the error. `show_values=False` keeps what was found out of the message, for
+        documents that hold sample keys. Raises ContractError.
+        """
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise ContractError(_explain(cls, error, where, show_values)) from None
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: str = "", show_values: bool = True) -> Self:
+        """Parse JSON text. Raises ContractError, also where the text is not JSON."""
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            # JSON's own message would quote nothing, but a decoding error quotes bytes.
+            position = getattr(error, "pos", None)
+            raise ContractError(f"{where or cls.__name__}: not JSON (at character {position})") from None
+        return cls.parse(document, where=where, show_values=show_values)
+
+    def document(self) -> dict[str, Any]:
+        """The plain, JSON-ready form with camelCase keys."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces. Equal values give equal bytes."""
+        return canonical_json(self.document())
+
+    def digest(self) -> str:
+        """`sha256:<hex>` of the canonical JSON."""
+        return f"sha256:{hashlib.sha256(self.to_json().encode()).hexdigest()}"
+
+
+def canonical_json(document: object) -> str:
+    """JSON with sorted keys and no spaces."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def load_yaml(text: str, *, where: str) -> object:
+    """Read one YAML document, with duplicate keys refused. Raises ContractError."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - it is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ContractError(f"{where}{line}: {problem}") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader keeps the last of two equal keys without a word; a silent override is a silent wrong run."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool):
+                continue
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _explain(model: type[BaseModel], error: ValidationError, where: str, show_values: bool) -> str:
+    lines = []
+    for fault in error.errors(include_url=False):
+        location = fault["loc"]
+        path = ".".join(str(part) for part in ((where,) if where else ()) + location) or model.__name__
+        found = f"found {_short(fault['input'])}" if show_values else "found a value that is not shown here"
+        match fault["type"]:
+            case "extra_forbidden":
+                names = sorted(_known_keys(model, location[:-1]))
+                close = difflib.get_close_matches(str(location[-1]), names, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                lines.append(f"{path}: unknown key{hint} Allowed: {', '.join(names)}")
+            case "missing":
+                lines.append(f"{path}: required, but not given. Allowed: {_allowed(model, location) or 'any value'}")
+            case "value_error":
+                lines.append(f"{path}: {fault['ctx']['error']} ({found})")
+            case _:
+                allowed = _allowed(model, location) or fault["msg"]
+                lines.append(f"{path}: {found}. Allowed: {allowed}")
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _field(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[Any, list[Any]] | None:
+    """The annotation and constraints of the field at a location, through nested models, lists and mappings."""
+    annotation: Any = model
+    constraints: list[Any] = []
+    for part in location:
+        annotation = _strip_optional(annotation)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            for name, field in annotation.model_fields.items():
+                if part in (name, field.alias):
+                    annotation, constraints = field.annotation, list(field.metadata)
+                    break
+            else:
+                return None
+        else:
+            arguments = [a for a in typing.get_args(annotation) if a is not Ellipsis]
+            if not arguments:
+                return None
+            index = part if isinstance(part, int) and typing.get_origin(annotation) is tuple else -1
+            annotation, constraints = arguments[min(index, len(arguments) - 1)], []
+    return annotation, constraints
+
+
+def _strip_optional(annotation: Any) -> Any:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        arguments = [a for a in typing.get_args(annotation) if a is not type(None)]
+        return arguments[0]
+    return annotation
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    found = _field(model, location)
+    annotation = _strip_optional(found[0]) if found else None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [field.alias or name for name, field in annotation.model_fields.items()]
+    return []
+
+
+_SYMBOLS = {annotated_types.Ge: ">=", annotated_types.Gt: ">", annotated_types.Le: "<=", annotated_types.Lt: "<"}
+
+
+def _allowed(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    found = _field(model, location)
+    if found is None:
+        return ""
+    annotation, constraints = found
+    parts = [_type_name(annotation)]
+    for constraint in constraints:
+        for kind, symbol in _SYMBOLS.items():
+            if isinstance(constraint, kind):
+                parts.append(f"{symbol} {getattr(constraint, kind.__name__.lower())}")
+        pattern = getattr(constraint, "pattern", None)
+        if pattern:
+            parts.append(f"matching {pattern}")
+        if isinstance(constraint, annotated_types.MinLen):
+            parts.append(f"at least {constraint.min_length} long")
+    return " ".join(parts)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(a) for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in arguments if a is not type(None))
+    if origin in (list, tuple):
+        return "a list of " + ", ".join(_type_name(a) for a in arguments if a is not Ellipsis)
+    if origin in (dict, Mapping):
+        return "a mapping"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "a mapping with the keys " + ", ".join(f.alias or n for n, f in annotation.model_fields.items())
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(
+        annotation, str(annotation)
+    )

@@ -1,0 +1,404 @@
+"""What a run is: `TrainConfig` decides the result, `RunConfig` adds where it is kept and how it is executed.
+
+Every length of time in training is a number of samples (source images), so a changed batch keeps the same curves.
+Defaults are the numbers of `dinov2-short`; a preset replaces them, and what the user gives replaces the preset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sonoforge_trainer.contract.base import ContractError, Part, load_yaml
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+PRESETS = ("dinov2-short", "ultradino", "tiny")
+"""The presets that come with the trainer; each is `contract/presets/NAME.yaml`."""
+
+Preset = Literal["dinov2-short", "ultradino", "tiny"]
+Arch = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
+
+
+class ArchShape(Part):
+    """The size of a ViT architecture."""
+
+    embed_dim: PositiveInt
+    """Width of a token."""
+    depth: PositiveInt
+    """Number of blocks."""
+    heads: PositiveInt
+    """Attention heads per block."""
+
+
+ARCHS: Mapping[Arch, ArchShape] = {
+    "vit_tiny": ArchShape(embed_dim=192, depth=12, heads=3),
+    "vit_small": ArchShape(embed_dim=384, depth=12, heads=6),
+    "vit_base": ArchShape(embed_dim=768, depth=12, heads=12),
+    "vit_large": ArchShape(embed_dim=1024, depth=24, heads=16),
+    "vit_giant2": ArchShape(embed_dim=1536, depth=40, heads=24),
+}
+
+
+class ModelConfig(Part):
+    """The student and teacher backbone: a pre-norm ViT (DINOv2, arXiv 2304.07193)."""
+
+    arch: Arch = "vit_large"
+    """Architecture: vit_tiny 192x12, vit_small 384x12, vit_base 768x12, vit_large 1024x24, vit_giant2 1536x40."""
+    depth: PositiveInt | None = None
+    """Number of blocks, where it should differ from the architecture's own."""
+    patch_size: PositiveInt = 16
+    """Side of a patch in pixels. Crop sizes must be multiples of it."""
+    registers: NonNegativeInt = 0
+    """Register tokens (arXiv 2309.16588)."""
+    in_channels: Literal[1, 3] = 3
+    """1 for gray images, 3 for colour. A gray image feeds a 3-channel model by repetition."""
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    """Feed-forward layer of a block."""
+    layer_scale: Positive = 1e-5
+    """Initial value of LayerScale."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Uniform drop-path rate; whole samples of a batch are left out of a block, which saves their compute."""
+    pos_embed: Literal["offset", "antialias"] = "offset"
+    """How position embeddings are resized: `offset` (0.1, no antialias) as the DINOv2 base models, `antialias`
+    (no offset) as the register models."""
+
+
+class HeadConfig(Part):
+    """The projection heads of DINO and iBOT."""
+
+    prototypes: PositiveInt = 65_536
+    """Output size K."""
+    hidden_dim: PositiveInt = 2048
+    """Width of the hidden layers."""
+    bottleneck_dim: PositiveInt = 256
+    """Width before the weight-normed prototype layer."""
+    layers: Annotated[int, Field(ge=1, le=8)] = 3
+    """Linear layers up to the bottleneck."""
+    shared: bool = True
+    """One head for DINO and iBOT, or one each."""
+
+
+class DataConfig(Part):
+    """Where the images come from and how they are read."""
+
+    shards: Annotated[str, Field(pattern=r"^(s3|file)://.+\.json$")]
+    """URI of the shard manifest `shards.json`, s3:// or file://."""
+    dataset_digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """Refuse to train on any other dataset than this one."""
+    clip_aware: bool = True
+    """At most one frame of a clip in a micro-batch."""
+    block_shards: PositiveInt = 4
+    """Shards whose samples are shuffled together; also what a resumed virtual rank reads again at most."""
+    mean: tuple[Fraction, ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel, of images scaled to 0..1."""
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel, of images scaled to 0..1."""
+
+
+class CropsConfig(Part):
+    """Multi-crop: two global views and several local ones."""
+
+    global_size: PositiveInt = 224
+    """Side of a global crop in pixels."""
+    global_scale: tuple[Fraction, Fraction] = (0.32, 1.0)
+    """Area range of a global crop, as a part of the image."""
+    local_count: NonNegativeInt = 8
+    """Number of local crops."""
+    local_size: PositiveInt = 96
+    """Side of a local crop in pixels."""
+    local_scale: tuple[Fraction, Fraction] = (0.05, 0.32)
+    """Area range of a local crop, as a part of the image."""
+
+
+class AugmentConfig(Part):
+    """Augmentation probabilities and strengths.
+
+    The blur probabilities are the ones that really apply. The reference code passes `1 - p`, so the released DINOv2
+    weights saw (0, 0.9, 0.5) where their configuration says (1, 0.1, 0.5); the presets carry the first triple.
+    """
+
+    horizontal_flip: Fraction = 0.5
+    """Probability of a left-right flip, per crop."""
+    vertical_flip: Fraction = 0.0
+    """Probability of an up-down flip, per crop."""
+    jitter: Fraction = 0.8
+    """Probability of colour jitter."""
+    brightness: NonNegative = 0.4
+    """Jitter strength; the factor is uniform in 1 +- this."""
+    contrast: NonNegative = 0.4
+    """Jitter strength; the factor is uniform in 1 +- this."""
+    saturation: NonNegative = 0.2
+    """Jitter strength; does nothing on gray images."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Jitter strength; does nothing on gray images."""
+    grayscale: Fraction = 0.2
+    """Probability of dropping colour; does nothing on gray images."""
+    blur: tuple[Fraction, Fraction, Fraction] = (0.0, 0.9, 0.5)
+    """Probability of Gaussian blur on global crop 1, global crop 2 and local crops."""
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    """Range of the blur's standard deviation in pixels (kernel 9)."""
+    solarize: Fraction = 0.2
+    """Probability of solarisation at threshold 128, on global crop 2 only."""
+
+
+class MaskConfig(Part):
+    """Block masks for iBOT."""
+
+    probability: Fraction = 0.5
+    """Part of the global crops that are masked."""
+    ratio: tuple[Fraction, Fraction] = (0.1, 0.5)
+    """Range of the masked part of a masked crop. The targets are fixed, so that shapes never change."""
+
+
+class LossConfig(Part):
+    """Loss weights and targets."""
+
+    dino: NonNegative = 1.0
+    """Weight of the DINO loss on CLS tokens."""
+    ibot: NonNegative = 1.0
+    """Weight of the iBOT loss on masked patches."""
+    koleo: NonNegative = 0.1
+    """Weight of the KoLeo regulariser, computed in fp32 inside a virtual rank."""
+    centering: Literal["ema", "sinkhorn"] = "ema"
+    """How teacher outputs become targets: moving-average centre, or Sinkhorn-Knopp over the global batch."""
+    center_momentum: Fraction = 0.9
+    """Momentum of the centre."""
+    sinkhorn_iterations: PositiveInt = 3
+    """Iterations of Sinkhorn-Knopp."""
+    student_temperature: Positive = 0.1
+    """Temperature of the student's softmax."""
+
+
+class ScheduleConfig(Part):
+    """Schedules over samples seen. A length that is not given keeps its share of the budget."""
+
+    warmup_samples: NonNegativeInt = 25_600_000
+    """Linear warm-up of the learning rate."""
+    freeze_last_layer_samples: NonNegativeInt = 2_560_000
+    """The prototype layer does not learn before this."""
+    teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07)
+    """Teacher temperature at the start and after its warm-up (linear)."""
+    teacher_temperature_samples: NonNegativeInt = 76_800_000
+    """Length of the teacher temperature's warm-up."""
+    teacher_momentum: tuple[Fraction, Fraction] = (0.992, 1.0)
+    """EMA momentum of the teacher, cosine from the first to the second."""
+    weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.4)
+    """Weight decay, cosine from the first to the second."""
+
+
+class OptimConfig(Part):
+    """AdamW."""
+
+    base_lr: Positive = 0.004
+    """Learning rate at a global batch of 1024; it scales with sqrt(globalBatch / 1024)."""
+    min_lr: NonNegative = 1e-6
+    """Learning rate at the end of the cosine."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW coefficients."""
+    clip_norm: NonNegative = 3.0
+    """Gradient norm limit; 0 for none."""
+    clip_by: Literal["module", "global"] = "module"
+    """Clip backbone and each head on its own, as the reference does, or all gradients together."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Learning-rate factor from one block to the block below."""
+    patch_embed_lr: NonNegative = 0.2
+    """Further factor for the patch embedding."""
+    decay_tokens: bool = True
+    """Weight decay on position, CLS, mask and register tokens, as the reference does."""
+
+
+class Recipe(Part):
+    """How to train."""
+
+    preset: Preset = "dinov2-short"
+    """Where numbers that are not given come from."""
+    budget_samples: PositiveInt = 256_000_000
+    """Length of the run: source images seen, counting repeats."""
+    global_batch: PositiveInt = 2048
+    """Images in one optimiser step, whatever the number of processes."""
+    virtual_ranks: PositiveInt = 32
+    """Logical workers of fixed micro-batch globalBatch / virtualRanks. The largest useful number of processes."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of data order, augmentation, masks, drop path and initial weights."""
+    crops: CropsConfig = CropsConfig()
+    """Multi-crop geometry."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation."""
+    masks: MaskConfig = MaskConfig()
+    """iBOT masks."""
+    head: HeadConfig = HeadConfig()
+    """Projection heads."""
+    loss: LossConfig = LossConfig()
+    """Losses and targets."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Schedules."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of one virtual rank in one step."""
+        return self.global_batch // self.virtual_ranks
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run; the last one may pass the budget by less than a batch."""
+        return math.ceil(self.budget_samples / self.global_batch)
+
+    @model_validator(mode="after")
+    def _batch_fits_the_virtual_ranks(self) -> Self:
+        if self.global_batch % self.virtual_ranks:
+            raise ValueError(
+                f"globalBatch {self.global_batch} is not a multiple of virtualRanks {self.virtual_ranks}; "
+                f"use {self.global_batch - self.global_batch % self.virtual_ranks or self.virtual_ranks}"
+            )
+        return self
+
+
+class TrainConfig(Part):
+    """Everything the result of a run depends on: `spec.training` of a PretrainJob."""
+
+    model: ModelConfig = ModelConfig()
+    """The backbone."""
+    data: DataConfig
+    """The images."""
+    recipe: Recipe = Recipe()
+    """The training recipe."""
+
+    @classmethod
+    def resolve(cls, document: object, *, where: str = "training") -> Self:
+        """Build a config from a document: the preset's numbers, replaced by what is given.
+
+        Schedule lengths that are not given keep their share of the budget. Raises ContractError.
+        """
+        if not isinstance(document, Mapping):
+            raise ContractError(f"{where}: found {document!r}. Allowed: a mapping with the keys model, data, recipe")
+        recipe = document.get("recipe") or {}
+        name = recipe.get("preset", "dinov2-short") if isinstance(recipe, Mapping) else "dinov2-short"
+        if name not in PRESETS:
+            raise ContractError(f"{where}.recipe.preset: found {name!r}. Allowed: one of {', '.join(PRESETS)}")
+        return cls.parse(_scale_schedule(preset(name), _merge(preset(name), document), document), where=where)
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        model, data, crops = self.model, self.data, self.recipe.crops
+        for name, size in (("globalSize", crops.global_size), ("localSize", crops.local_size)):
+            if size % model.patch_size:
+                raise ValueError(
+                    f"recipe.crops.{name} {size} is not a multiple of model.patchSize {model.patch_size}; "
+                    f"use {max(1, round(size / model.patch_size)) * model.patch_size}"
+                )
+        for name, values in (("mean", data.mean), ("std", data.std)):
+            if len(values) != model.in_channels:
+                raise ValueError(
+                    f"data.{name} has {len(values)} values for model.inChannels {model.in_channels}; "
+                    "give one for each channel"
+                )
+        return self
+
+
+class CheckpointConfig(Part):
+    """When checkpoints are made, where they go and which are kept."""
+
+    uri: Annotated[str, Field(pattern=r"^(s3|file)://.+")]
+    """Prefix of the run's checkpoints, s3:// or file://. One run owns it."""
+    every_seconds: PositiveInt | None = None
+    """Make a checkpoint after this much time; 300 where neither this nor everySamples is given."""
+    every_samples: PositiveInt | None = None
+    """Make a checkpoint each time this many samples were seen."""
+    keep_last: PositiveInt = 3
+    """Keep the newest ones."""
+    keep_every_samples: PositiveInt | None = None
+    """Keep also the first one at or after each multiple of this."""
+    keep_best: NonNegativeInt = 1
+    """Keep also the ones with the best scores."""
+
+    @property
+    def interval_seconds(self) -> int | None:
+        """Seconds between checkpoints, or None where only samples count."""
+        return self.every_seconds or (None if self.every_samples else 300)
+
+
+class ExecutionConfig(Part):
+    """How the run is executed; nothing here changes its result beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast type of the backbone and the heads; auto is bf16 on CUDA and fp32 on CPU."""
+    compile: bool | None = None
+    """torch.compile each block; None compiles on CUDA only."""
+    loader_workers: NonNegativeInt | None = None
+    """Decode workers of a process; None is the CPUs of the process, less one. 0 decodes in the training process."""
+    prefetch_batches: PositiveInt = 4
+    """Micro-batches each worker keeps ready."""
+    cache_dir: str | None = None
+    """Folder for verified shards; None is a private temporary folder."""
+    cache_bytes: PositiveInt = 8 * 2**30
+    """Size limit of the shard cache."""
+    log_every_steps: PositiveInt = 10
+    """Steps between metric records; also between reads of device values."""
+    record_samples: bool = False
+    """Write the keyed hash of every sample used, by step and virtual rank, to `samples.jsonl`."""
+    collective_timeout_seconds: PositiveInt = 300
+    """A collective that takes longer counts as failed."""
+
+
+class RunConfig(Part):
+    """What a worker process is started with: the trainer's whole configuration file."""
+
+    job: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+    """Name of the job."""
+    uid: Annotated[str, Field(min_length=1, max_length=64)]
+    """Identity of the job; two jobs of the same name differ in it."""
+    training: TrainConfig
+    """What decides the result."""
+    checkpoints: CheckpointConfig
+    """Durable state."""
+    execution: ExecutionConfig = ExecutionConfig()
+    """How it runs."""
+
+
+@cache
+def preset(name: Preset) -> Mapping[str, Any]:
+    """The numbers of a preset, as a document with the keys model, data, recipe. Do not modify it."""
+    text = resources.files(__package__).joinpath("presets", f"{name}.yaml").read_text()
+    document = load_yaml(text, where=f"preset {name}")
+    assert isinstance(document, dict)
+    return document
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        elif value is not None or key not in merged:
+            merged[key] = value
+    return merged
+
+
+_SCHEDULE_LENGTHS = ("warmupSamples", "freezeLastLayerSamples", "teacherTemperatureSamples")
+
+
+def _scale_schedule(base: Mapping[str, Any], merged: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = merged["recipe"]
+    budget = recipe.get("budgetSamples")
+    if not isinstance(budget, int) or isinstance(budget, bool) or not isinstance(recipe.get("schedule"), Mapping):
+        return merged  # Validation names the fault.
+    chosen = ((given.get("recipe") or {}).get("schedule")) or {}
+    schedule = dict(recipe["schedule"])
+    for name in _SCHEDULE_LENGTHS:
+        if name not in chosen:
+            schedule[name] = base["recipe"]["schedule"][name] * budget // base["recipe"]["budgetSamples"]
+    return {**merged, "recipe": {**recipe, "schedule": schedule}}

@@ -1,0 +1,107 @@
+"""The evaluation request and result: what a checkpoint is asked, and what it answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sonoforge_trainer.contract.base import Part
+from sonoforge_trainer.contract.shards import Sha256
+
+Protocol = Literal["knn", "linear", "logreg", "fewshot", "segment-probe", "health"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+
+
+class Evaluation(Part):
+    """One data set with the protocols to run on it. They share one feature pass."""
+
+    name: Name
+    """Name of the evaluation; scores are called NAME-PROTOCOL/METRIC, for example planes-knn/f1_macro."""
+    shards: Annotated[str, Field(pattern=r"^(s3|file)://.+\.json$")]
+    """URI of the evaluation set's shards.json."""
+    protocols: Annotated[tuple[Protocol, ...], Field(min_length=1)]
+    """Protocols to run."""
+    resolution: int | None = None
+    """Side in pixels of the square input; None is the model card's."""
+    label: str = "label"
+    """Sample field that holds the class, a text."""
+    where: dict[str, str] = {}
+    """Use only samples whose fields have these values."""
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """knn: numbers of neighbours. The first that fits the training set is the score; all are in the result."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    """knn: temperature of the votes."""
+    shots: tuple[int, ...] = (1, 5, 10)
+    """fewshot: patients (or images, where patients are not known) of each class."""
+    seeds: Annotated[int, Field(ge=1)] = 5
+    """fewshot: number of draws."""
+    linear_epochs: Annotated[int, Field(ge=1)] = 10
+    """linear: passes over the training features."""
+    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    """Resamples of the patients for confidence intervals; 0 for none."""
+    seed: int = 0
+    """Seed of every draw."""
+
+
+class EvaluationRequest(Part):
+    """One (checkpoint, evaluation) to do. Its digest names the job that does it and the result."""
+
+    checkpoint_uri: str
+    """Prefix of the checkpoint."""
+    checkpoint_digest: Sha256
+    """Digest of the checkpoint's manifest."""
+    evaluation: Evaluation
+    """What to do."""
+
+    @property
+    def id(self) -> str:
+        """First 16 hex digits of the digest: same checkpoint and same evaluation, same id."""
+        return self.digest().removeprefix("sha256:")[:16]
+
+    @property
+    def result_uri(self) -> str:
+        """Where the complete result is kept."""
+        return f"{self.checkpoint_uri}/eval/{self.evaluation.name}-{self.id}.json"
+
+
+class Score(Part):
+    """One number with what is known of its spread."""
+
+    value: float
+    """The number, measured on the test split."""
+    low: float | None = None
+    """Lower end of the 95 % interval (bootstrap over patients)."""
+    high: float | None = None
+    """Upper end."""
+    deviation: float | None = None
+    """Standard deviation over seeds, where a draw is involved."""
+
+
+class EvaluationResult(Part):
+    """What an evaluation found."""
+
+    format: Literal["sonoforge.evaluation/v1"] = "sonoforge.evaluation/v1"
+    """Format of this document."""
+    request: EvaluationRequest
+    """What was asked."""
+    step: int
+    """Optimiser steps of the checkpoint."""
+    samples: int
+    """Images seen by the checkpoint."""
+    dataset_digest: Sha256
+    """The evaluation set that was used."""
+    counts: dict[str, int]
+    """Samples by split."""
+    scores: dict[str, Score]
+    """PROTOCOL/METRIC to score, for example knn/f1_macro."""
+    chosen: dict[str, str] = {}
+    """What was selected on the validation split, by protocol."""
+    details: dict[str, object] = {}
+    """Everything else worth keeping: per-class scores, confusion matrices, curves."""
+    seconds: dict[str, float] = {}
+    """Time of the feature pass and of each protocol."""
+    feature_passes: int = 0
+    """Passes over the images: 1, or 0 where cached features were used."""
+    pictures: tuple[str, ...] = ()
+    """Names of picture objects beside the result."""
