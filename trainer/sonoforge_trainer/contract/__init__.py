@@ -3,7 +3,7 @@
 Pure types on pydantic and the standard library; importing this package loads neither torch nor anything heavy.
 """
 
-from sonoforge_trainer.contract.base import ContractError, Part, canonical_json, load_yaml
+from sonoforge_trainer.contract.base import ContractError, Part, canonical_json, load_yaml, load_yaml_documents
 from sonoforge_trainer.contract.checkpoint import (
     COMMIT,
     MANIFEST,
@@ -56,6 +56,7 @@ from sonoforge_trainer.contract.exits import (
 )
 from sonoforge_trainer.contract.progress import Activity, Progress, Request
 from sonoforge_trainer.contract.shards import Shard, ShardManifest, dataset_digest
+from sonoforge_trainer.contract.summary import CheckpointSummary, RunEvent, RunSummary
 
 __all__ = [
     "ARCHS",
@@ -77,6 +78,7 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointManifest",
     "CheckpointRef",
+    "CheckpointSummary",
     "ContractError",
     "CropsConfig",
     "DataConfig",
@@ -97,6 +99,8 @@ __all__ = [
     "Recipe",
     "Request",
     "RunConfig",
+    "RunEvent",
+    "RunSummary",
     "ScheduleConfig",
     "Score",
     "Shard",
@@ -108,6 +112,7 @@ __all__ = [
     "checkpoint_prefix",
     "dataset_digest",
     "load_yaml",
+    "load_yaml_documents",
     "parse_prefix",
     "preset",
 ]

@@ -80,8 +80,16 @@ def canonical_json(document: object) -> str:
 
 def load_yaml(text: str, *, where: str) -> object:
     """Read one YAML document, with duplicate keys refused. Raises ContractError."""
+    documents = load_yaml_documents(text, where=where)
+    if len(documents) > 1:
+        raise ContractError(f"{where}: found {len(documents)} documents. Allowed: one")
+    return documents[0] if documents else None
+
+
+def load_yaml_documents(text: str, *, where: str) -> list[object]:
+    """Read all documents of a YAML text, with duplicate keys refused. Raises ContractError."""
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - it is a SafeLoader
+        return list(yaml.load_all(text, Loader=_UniqueKeyLoader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

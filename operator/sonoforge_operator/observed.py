@@ -1,0 +1,86 @@
+"""What is there: the facts a plan is made from, and the children a plan asks for. Plain values, no clocks, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sonoforge_operator.status import JobStatus
+from sonoforge_trainer.contract import EvaluationRequest, Progress, Request, Termination
+
+ChildKind = Literal["coordinator", "worker", "evaluation", "retention"]
+
+
+@dataclass(frozen=True)
+class Child:
+    """A child that should exist. Equal names mean the same child: creating it twice does nothing."""
+
+    name: str
+    """Deterministic name."""
+    kind: ChildKind
+    """What it does."""
+    attempt: int = 0
+    """Attempt it belongs to, for a worker."""
+    index: int = 0
+    """Number of the node, for a worker."""
+    request: EvaluationRequest | None = None
+    """What to evaluate, for an evaluation."""
+    prune: tuple[str, ...] = ()
+    """Ids of the checkpoints to delete, for retention."""
+
+
+@dataclass(frozen=True)
+class ChildFact:
+    """A child that exists or existed."""
+
+    name: str
+    """Its name."""
+    running: bool
+    """Whether it still runs."""
+    exit_code: int | None = None
+    """Exit code; None while it runs and where nobody saw it end. A signal is its negative number."""
+    termination: Termination | None = None
+    """What it said at its end."""
+    started: float = 0.0
+    """Unix time of its start."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything a plan may know."""
+
+    status: JobStatus
+    """The status as last written."""
+    children: Mapping[str, ChildFact] = field(default_factory=dict)
+    """Children by name."""
+    progress: Progress | None = None
+    """What the coordinator answered just now; None where it did not."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth telling a person."""
+
+    reason: str
+    """One word."""
+    message: str
+    """One sentence."""
+    warning: bool = False
+    """Whether something is wrong."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What should be: the port makes it so. Children that exist and are not named here are stopped and removed."""
+
+    children: tuple[Child, ...]
+    """Every child that should exist."""
+    status: JobStatus
+    """The status to write, before any child is touched."""
+    requests: tuple[Request, ...] = ()
+    """What to ask the coordinator for."""
+    events: tuple[Event, ...] = ()
+    """What to tell."""
+    wake_after: float = 1.0
+    """Seconds until the next pass, if nothing happens before."""

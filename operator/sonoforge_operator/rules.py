@@ -1,0 +1,232 @@
+"""Decisions as chains of small named rules: `(facts) -> decision | None`, the first that speaks wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sonoforge_operator.api import RestartPolicy, seconds
+from sonoforge_operator.observed import ChildFact
+from sonoforge_operator.status import JobStatus, Outcome, RestartCause
+from sonoforge_trainer.contract import Activity, ExitCode, Progress
+
+End = Literal["finished", "config"] | RestartCause
+
+_BY_CODE: dict[int, End] = {
+    ExitCode.OK: "finished",
+    ExitCode.CONFIG: "config",
+    ExitCode.DATA: "data",
+    ExitCode.STORAGE: "storage",
+    ExitCode.OUT_OF_MEMORY: "memory",
+    ExitCode.NOT_FINITE: "not-finite",
+    ExitCode.TERMINATED: "infrastructure",
+}
+_DATA_RESTARTS, _MEMORY_RESTARTS, _NOT_FINITE_RESTARTS = 3, 1, 1
+_CHECKPOINT_PATIENCE_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A worker's end, classified."""
+
+    cause: End
+    """Class of the end."""
+    message: str
+    """What the process said, or what its exit code means."""
+
+
+def classify(fact: ChildFact) -> Failure:
+    """The class of a worker's end: what it said first, then its exit code. 137 alone never decides."""
+    said = fact.termination
+    if said and said.cause != "terminated":
+        where = f" at step {said.step}" if said.step is not None else ""
+        return Failure(said.cause, f"{said.exception or said.cause}{where}: {said.message}".rstrip(": "))
+    if fact.exit_code is None or fact.exit_code < 0 or (said and fact.exit_code != 0):
+        return Failure("infrastructure", "the process was killed" if fact.exit_code != ExitCode.TERMINATED else "")
+    return Failure(_BY_CODE.get(fact.exit_code, "application"), f"exit code {fact.exit_code}")
+
+
+# --- when a job is given up -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GiveUpFacts:
+    """What the decision to give up depends on, with the failure at hand already counted."""
+
+    failure: Failure
+    status: JobStatus
+    policy: RestartPolicy
+
+
+def configuration_is_wrong(facts: GiveUpFacts) -> Outcome | None:
+    """Trying again cannot help."""
+    if facts.failure.cause == "config":
+        return Outcome(result="Failed", reason="Configuration", message=facts.failure.message)
+    return None
+
+
+def application_budget_is_spent(facts: GiveUpFacts) -> Outcome | None:
+    """Application errors come too often."""
+    budget = facts.policy.application
+    if facts.failure.cause in ("application", "collective") and len(facts.status.application_failures) > budget.max:
+        return Outcome(
+            result="Failed",
+            reason="ApplicationError",
+            message=f"{len(facts.status.application_failures)} errors within {budget.window}: {facts.failure.message}",
+        )
+    return None
+
+
+def memory_is_too_small(facts: GiveUpFacts) -> Outcome | None:
+    """Memory ran out, again."""
+    return _over("memory", _MEMORY_RESTARTS, "OutOfMemory", "use more virtual ranks or nodes with more memory", facts)
+
+
+def loss_is_not_finite(facts: GiveUpFacts) -> Outcome | None:
+    """The loss diverged again after going back to the last checkpoint."""
+    return _over("not-finite", _NOT_FINITE_RESTARTS, "NotFinite", "lower recipe.optim.baseLr", facts)
+
+
+def data_is_damaged(facts: GiveUpFacts) -> Outcome | None:
+    """Data or storage failed in spite of the trainer's own retries."""
+    for cause, reason in (("data", "Data"), ("storage", "Storage")):
+        found = _over(cause, _DATA_RESTARTS, reason, "repair it and apply the job again", facts)
+        if found:
+            return found
+    return None
+
+
+def nothing_moves(facts: GiveUpFacts) -> Outcome | None:
+    """Restarts do not bring the run forward."""
+    limit = facts.policy.no_progress.max
+    if facts.status.restarts_without_progress >= limit:
+        return Outcome(
+            result="Failed",
+            reason="NoProgress",
+            message=f"{limit} restarts without a newer checkpoint: {facts.failure.message or facts.failure.cause}",
+        )
+    return None
+
+
+GIVE_UP = (
+    configuration_is_wrong,
+    application_budget_is_spent,
+    memory_is_too_small,
+    loss_is_not_finite,
+    data_is_damaged,
+    nothing_moves,
+)
+
+
+def give_up(facts: GiveUpFacts) -> Outcome | None:
+    """Whether the failure at hand ends the job."""
+    return next((found for rule in GIVE_UP if (found := rule(facts))), None)
+
+
+def _over(cause: str, limit: int, reason: str, advice: str, facts: GiveUpFacts) -> Outcome | None:
+    if facts.failure.cause == cause and facts.status.restarts.get(cause, 0) > limit:
+        return Outcome(result="Failed", reason=reason, message=f"{facts.failure.message}; {advice}")
+    return None
+
+
+# --- what a run that does not step is waiting for ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StallFacts:
+    """What the judgement about a stall depends on."""
+
+    progress: Progress | None
+    running: int
+    min_nodes: int
+    policy: RestartPolicy
+    since: float
+    """Unix time of the newest start of a process."""
+    now: float
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A run that does not step."""
+
+    reason: Literal["Rendezvous", "Unreachable", "Checkpointing", "Collective", "DataStarved"]
+    message: str
+    restart: bool
+
+
+def coordinator_is_silent(facts: StallFacts) -> Stall | None:
+    """Nothing is known, so nothing is done to the workers."""
+    if facts.progress is None and facts.now - facts.since > _startup(facts.policy):
+        return Stall("Unreachable", "the coordinator does not answer", restart=False)
+    return None
+
+
+def first_step_is_late(facts: StallFacts) -> Stall | None:
+    """The process group does not get going."""
+    if facts.progress is None or facts.running < facts.min_nodes or facts.progress.step_time > facts.since:
+        return None
+    waited = facts.now - facts.since
+    if waited > _startup(facts.policy):
+        return Stall("Rendezvous", f"no step {waited:.0f} s after the start; starting over", restart=True)
+    return None
+
+
+def step_is_late(facts: StallFacts) -> Stall | None:
+    """The process group stepped, and stopped stepping."""
+    progress = facts.progress
+    if (
+        progress is None
+        or progress.step_time <= facts.since
+        or progress.activity in (Activity.FINISHED, Activity.STOPPED)
+    ):
+        return None
+    limit = stall_after_seconds(facts.policy, progress.median_step_seconds)
+    checkpointing = progress.activity is Activity.CHECKPOINTING
+    if checkpointing:
+        limit = max(limit, _CHECKPOINT_PATIENCE_SECONDS)
+    waited = facts.now - progress.step_time
+    if waited <= limit:
+        return None
+    message = f"no step for {waited:.0f} s (limit {limit:.0f} s); starting over from the last checkpoint"
+    if checkpointing:
+        return Stall("Checkpointing", message, restart=True)
+    return Stall("DataStarved" if progress.data_wait > 0.9 else "Collective", message, restart=True)
+
+
+STALLED = (coordinator_is_silent, first_step_is_late, step_is_late)
+
+
+def stalled(facts: StallFacts) -> Stall | None:
+    """Why the run does not step, or None where it does or may still."""
+    return next((found for rule in STALLED if (found := rule(facts))), None)
+
+
+def stall_after_seconds(policy: RestartPolicy, median_step_seconds: float) -> float:
+    """Seconds without a step that count as a stall."""
+    if policy.stall_after == "auto":
+        return max(60.0, 20.0 * median_step_seconds)
+    return float(seconds(policy.stall_after))
+
+
+def _startup(policy: RestartPolicy) -> float:
+    return float(seconds(policy.startup_deadline))
+
+
+# --- early stopping ---------------------------------------------------------------------------------------------------
+
+
+def no_gain(scores: Sequence[float | None], patience: int | None, *, highest: bool) -> bool:
+    """Whether the last `patience` scored checkpoints in a row brought no better score. Unscored ones wait."""
+    if not patience:
+        return False
+    best: float | None = None
+    since = 0
+    for score in scores:
+        if score is None:
+            continue
+        if best is None or (score > best if highest else score < best):
+            best, since = score, 0
+        else:
+            since += 1
+    return since >= patience

@@ -1,0 +1,154 @@
+"""What is known of a job: the `status` of a PretrainJob. It is derived, written once a pass, and never a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from sonoforge_trainer.contract import CheckpointRef, Evaluation, EvaluationRequest, Part, Progress, Score
+
+Phase = Literal["Pending", "Running", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
+EvaluationPhase = Literal["Pending", "Running", "Succeeded", "Failed"]
+RestartCause = Literal[
+    "infrastructure", "application", "data", "storage", "memory", "not-finite", "collective", "stall", "coordinator"
+]
+
+
+class Condition(Part):
+    """One fact about the job, always present."""
+
+    type: Literal["Accepted", "Rendezvoused", "Training", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
+    """What it is about."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    reason: str
+    """Why, in one word."""
+    message: str = ""
+    """Why, in a sentence, with what to do next."""
+    since: float = 0.0
+    """Unix time of the last change of `status`."""
+
+
+class EvaluationStatus(Part):
+    """One evaluation of one checkpoint."""
+
+    name: str
+    """Name of the evaluation in the suite."""
+    id: str
+    """Identity: the digest of checkpoint and evaluation."""
+    phase: EvaluationPhase = "Pending"
+    """Where it stands."""
+    failures: int = 0
+    """Times it failed or was lost."""
+    scores: dict[str, Score] = {}
+    """Scores as NAME-PROTOCOL/METRIC."""
+    reason: str = ""
+    """Why it failed."""
+
+
+class CheckpointStatus(Part):
+    """One checkpoint with its scores."""
+
+    ref: CheckpointRef
+    """The checkpoint."""
+    evaluations: tuple[EvaluationStatus, ...] = ()
+    """Every evaluation of the suite."""
+    best: bool = False
+    """Whether it has the best score so far."""
+    pruned: bool = False
+    """Whether its training state was deleted by retention. Its scores stay."""
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether every evaluation has ended, well or not."""
+        return all(e.phase in ("Succeeded", "Failed") for e in self.evaluations)
+
+    def score(self, name: str) -> float | None:
+        """A score by its full name, where it is known."""
+        for evaluation in self.evaluations:
+            if name in evaluation.scores:
+                return evaluation.scores[name].value
+        return None
+
+
+class Outcome(Part):
+    """The decision that training is over. The job ends once every checkpoint has its scores."""
+
+    result: Literal["Succeeded", "Failed"]
+    """How."""
+    reason: str
+    """Why, in one word."""
+    message: str
+    """Why, in a sentence."""
+
+
+class JobStatus(Part):
+    """The status of a PretrainJob."""
+
+    uid: str = ""
+    """Identity of the job."""
+    phase: Phase = "Pending"
+    """One word for printing, derived from the conditions."""
+    conditions: tuple[Condition, ...] = ()
+    """All conditions."""
+    attempt: int = 1
+    """Number of the process group; a full restart raises it. It is in child names, logs and checkpoints."""
+    worker_deaths: tuple[int, ...] = ()
+    """For each node, how often its process ended and was replaced in this attempt."""
+    coordinator_deaths: int = 0
+    """How often the coordinator ended and was replaced."""
+    restarts: dict[str, int] = {}
+    """Restarts by cause, over the life of the job."""
+    application_failures: tuple[float, ...] = ()
+    """Unix times of application errors inside the budget's window."""
+    restarts_without_progress: int = 0
+    """Restarts in a row in which the durable step did not rise."""
+    durable_step_at_restart: int = -1
+    """Durable step at the last restart."""
+    attempt_started: float = 0.0
+    """Unix time at which the attempt's first process was wanted."""
+    replaced: float = 0.0
+    """Unix time at which a process was last replaced; it then has the startup deadline for its first step."""
+    progress: Progress | None = None
+    """The newest progress seen."""
+    lost_steps: int = 0
+    """Steps that had to be done again."""
+    checkpoints: tuple[CheckpointStatus, ...] = ()
+    """Every committed checkpoint, oldest first."""
+    best: str = ""
+    """Id of the best checkpoint."""
+    best_score: float | None = None
+    """Its score."""
+    outcome: Outcome | None = None
+    """Set once training is over."""
+    started: float = 0.0
+    """Unix time of acceptance."""
+    finished: float = 0.0
+    """Unix time of the end."""
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.finished > 0
+
+    @property
+    def durable_step(self) -> int:
+        """Step of the newest checkpoint, -1 before the first."""
+        return max((c.ref.step for c in self.checkpoints), default=-1)
+
+    def condition(self, kind: str) -> Condition | None:
+        """A condition by type."""
+        return next((c for c in self.conditions if c.type == kind), None)
+
+
+def requests_of(
+    checkpoint: CheckpointRef, evaluations: tuple[Evaluation, ...]
+) -> Iterator[tuple[Evaluation, EvaluationRequest]]:
+    """The evaluation requests of a checkpoint, in the order of the suite."""
+    for evaluation in evaluations:
+        yield (
+            evaluation,
+            EvaluationRequest(
+                checkpoint_uri=checkpoint.uri, checkpoint_digest=checkpoint.manifest_digest, evaluation=evaluation
+            ),
+        )
