@@ -1,0 +1,1 @@
+"""Evaluation of a checkpoint: one feature pass, frozen protocols, one result that is never made twice."""

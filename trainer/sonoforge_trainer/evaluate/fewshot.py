@@ -1,0 +1,85 @@
+"""Few-shot classification: N patients of each class, several draws, nothing selected.
+
+A draw has no validation split (one of ordinary size would hold far more labels than the draw), so the settings are
+fixed: k-NN with as many neighbours as shots, logistic regression with C = 1 on features standardised by the draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sonoforge_trainer.contract import Score
+from sonoforge_trainer.evaluate.knn import knn_probabilities
+from sonoforge_trainer.evaluate.logreg import Regression, Standardiser
+from sonoforge_trainer.evaluate.metrics import CLASSIFICATION_METRICS, Floats, Ints
+from sonoforge_trainer.evaluate.problem import Finding, Problem
+
+_C = 1.0
+
+
+def draw_rows(targets_n: Ints, groups_n: Ints, shots: int, seed: int) -> Ints | None:
+    """Rows of `shots` groups (patients) of each class that occurs, sorted; None where a class has fewer.
+
+    A patient with images of two classes can be drawn for each; only the images of that class are taken.
+    """
+    rows = []
+    for target in np.unique(targets_n):
+        of_class = targets_n == target
+        groups = np.unique(groups_n[of_class])
+        if len(groups) < shots:
+            return None
+        random = np.random.default_rng([seed, shots, int(target)])
+        drawn = random.choice(groups, shots, replace=False)
+        rows.append(np.flatnonzero(of_class & np.isin(groups_n, drawn)))
+    return np.sort(np.concatenate(rows)).astype(np.int64)
+
+
+def fewshot(
+    problem: Problem, shots: Sequence[int], *, seeds: int, temperature: float, seed: int, device: torch.device
+) -> Finding:
+    """Mean and standard deviation over draws of each metric, as `{knn|logreg}_{N}shot_{metric}`. One input only."""
+    (features,) = problem.inputs.values()
+    values: dict[str, list[float]] = {}
+    skipped, images = [], {}
+    for n in shots:
+        draws = [
+            draw_rows(problem.targets["train"], problem.groups["train"], n, seed * 1_000_003 + i) for i in range(seeds)
+        ]
+        known = [draw for draw in draws if draw is not None]
+        if not known:
+            skipped.append(n)
+            continue
+        images[str(n)] = [len(draw) for draw in known]
+        for draw in known:
+            drawn = features["train"][draw]
+            targets = problem.targets["train"][draw]
+            for method, probabilities in (
+                ("knn", _knn(drawn, targets, features["test"], problem, n, temperature, device)),
+                ("logreg", _logreg(drawn, targets, features["test"], problem)),
+            ):
+                found = problem.predictions("test", probabilities).values()
+                for metric in CLASSIFICATION_METRICS:
+                    if metric in found:
+                        values.setdefault(f"{method}_{n}shot_{metric}", []).append(found[metric])
+    scores = {
+        name: Score(value=float(np.mean(v)), deviation=float(np.std(v, ddof=1)) if len(v) > 1 else None)
+        for name, v in values.items()
+    }
+    return Finding(scores, details={"train_images_of_each_draw": images, "too_few_groups_for_shots": skipped})
+
+
+def _knn(
+    drawn: Floats, targets: Ints, test: Floats, problem: Problem, shots: int, temperature: float, device: torch.device
+) -> Floats:
+    k = min(shots, len(drawn))
+    return knn_probabilities(drawn, targets, len(problem.classes), test, (k,), temperature=temperature, device=device)[
+        k
+    ]
+
+
+def _logreg(drawn: Floats, targets: Ints, test: Floats, problem: Problem) -> Floats:
+    scale = Standardiser(drawn)
+    return Regression(len(problem.classes)).fit(scale(drawn), targets, _C).probabilities(scale(test))

@@ -1,0 +1,79 @@
+"""What a classification protocol works on: features with targets, in three splits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sonoforge_trainer.contract import Score
+from sonoforge_trainer.evaluate.metrics import Floats, Ints, Predictions
+
+SPLITS = ("train", "val", "test")
+"""Fitted on the first, selected on the second, reported on the third."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Features and targets by split.
+
+    `inputs` maps the name of an input (for example cls, or cls+mean_patch) to its features [n, d] of each split.
+    Targets are indices into `classes`, which are label texts in sorted order. Groups number the patients.
+    """
+
+    classes: tuple[str, ...]
+    inputs: Mapping[str, Mapping[str, Floats]]
+    targets: Mapping[str, Ints]
+    groups: Mapping[str, Ints]
+
+    def predictions(self, split: str, probabilities_nk: Floats) -> Predictions:
+        """Class probabilities of a split beside its truth."""
+        return Predictions(probabilities_nk, self.targets[split], self.groups[split])
+
+    def only(self, *names: str) -> Problem:
+        """The same problem with the named inputs that it has."""
+        inputs = {name: self.inputs[name] for name in names if name in self.inputs}
+        return Problem(self.classes, inputs or self.inputs, self.targets, self.groups)
+
+    def draw(self, train_rows: Ints) -> Problem:
+        """The same problem with these rows as its training split."""
+        inputs = {n: {**by_split, "train": by_split["train"][train_rows]} for n, by_split in self.inputs.items()}
+        return Problem(
+            self.classes,
+            inputs,
+            {**self.targets, "train": self.targets["train"][train_rows]},
+            {**self.groups, "train": self.groups["train"][train_rows]},
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a protocol found: scores and details by metric, and what it selected on the validation split."""
+
+    scores: dict[str, Score]
+    chosen: str = ""
+    details: dict[str, object] = field(default_factory=dict)
+
+
+def report(
+    problem: Problem,
+    probabilities_nk: Floats,
+    *,
+    chosen: str,
+    candidates: Mapping[str, float],
+    resamples: int,
+    seed: int,
+) -> Finding:
+    """The finding of a protocol that selected `chosen` among `candidates` by their validation scores."""
+    predictions = problem.predictions("test", probabilities_nk)
+    details = predictions.details(problem.classes)
+    details["validation_balanced_accuracy"] = dict(candidates)
+    return Finding(predictions.scores(resamples=resamples, seed=seed), chosen, details)
+
+
+def best(candidates: Mapping[str, float]) -> str:
+    """The candidate with the highest validation score; the first of equals. An undefined score is the lowest."""
+    names = list(candidates)
+    values = np.array([candidates[name] for name in names])
+    return names[int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))]

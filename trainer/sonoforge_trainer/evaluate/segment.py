@@ -1,0 +1,190 @@
+"""Segmentation probes on patch features without SGD: k-NN and logistic regression (the idea of CAPI, arXiv 2502.08769).
+
+A mask becomes, for each patch, the share of every class in it. A fixed number of patches of each training image, drawn
+by seed, makes the training set, so its size does not depend on the resolution. Predicted class probabilities on the
+patch grid are upsampled bilinearly to the size of the image's own mask and compared there.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sonoforge_trainer.contract import Score
+from sonoforge_trainer.evaluate.errors import EvaluationDataError
+from sonoforge_trainer.evaluate.knn import fitting, neighbour_votes, normalised
+from sonoforge_trainer.evaluate.logreg import Regression, Standardiser
+from sonoforge_trainer.evaluate.metrics import Floats, Ints, confusion_matrix
+from sonoforge_trainer.evaluate.overlap import foreground_dice, overlap_details, overlap_scores
+from sonoforge_trainer.evaluate.problem import Finding, best
+
+TRAIN_PATCHES = 10_000
+"""Patches of the training set, over all images. Enough for a linear boundary, and a bank that k-NN gets through."""
+
+VALIDATION_IMAGES = 64
+"""Images of the validation split that selection looks at, evenly spaced."""
+
+C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Inverse penalties of the logistic regression. Neighbouring patches are alike: weak penalties only cost time."""
+
+_IMAGES = 16
+_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class SegmentProblem:
+    """Patch features and masks by split.
+
+    `patches` [n, h * w, D], `masks` are index PNGs, one for each image; value v of a mask is class `classes[v]`, and
+    class 0 is the background. Groups number the patients.
+    """
+
+    classes: tuple[str, ...]
+    grid: tuple[int, int]
+    patches: Mapping[str, npt.NDArray[np.floating[Any]]]
+    masks: Mapping[str, Sequence[bytes]]
+    groups: Mapping[str, Ints]
+
+    def mask(self, split: str, image: int) -> npt.NDArray[np.uint8]:
+        """Class of every pixel [H, W]. Raises EvaluationDataError for a value without a class."""
+        return decode_mask(self.masks[split][image], len(self.classes))
+
+
+def decode_mask(data: bytes, classes: int) -> npt.NDArray[np.uint8]:
+    """Class of every pixel [H, W] of an index PNG. Raises EvaluationDataError for a value without a class."""
+    with Image.open(io.BytesIO(data)) as picture:
+        if picture.mode not in ("L", "P", "1"):
+            raise EvaluationDataError(f"a mask has mode {picture.mode}; masks are PNGs of class numbers (mode L or P)")
+        mask = np.asarray(picture, np.uint8)
+    if int(mask.max(initial=0)) >= classes:
+        raise EvaluationDataError(
+            f"a mask has the value {int(mask.max())}, but the manifest names {classes} mask classes; build the shards "
+            "with the missing names or map the value"
+        )
+    return mask
+
+
+def class_shares(mask_hw: npt.NDArray[np.uint8], classes: int, grid: tuple[int, int]) -> Tensor:
+    """Share of every class in each patch [h * w, K]; rows sum to one."""
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(mask_hw.astype(np.int64)), classes)
+    pooled = torch.nn.functional.adaptive_avg_pool2d(one_hot.permute(2, 0, 1).float(), grid)
+    return pooled.flatten(1).T.contiguous()
+
+
+def training_patches(problem: SegmentProblem, seed: int, limit: int = TRAIN_PATCHES) -> tuple[Floats, Tensor]:
+    """Features [m, D] and class shares [m, K] of the drawn patches, an equal number of each training image."""
+    patches = problem.patches["train"]
+    images, per_image = patches.shape[:2]
+    drawn = min(per_image, max(1, -(-limit // images)))
+    chosen = np.arange(images) if images <= limit else np.linspace(0, images - 1, limit).round().astype(np.int64)
+    features, shares = [], []
+    for image in chosen:
+        rows = np.sort(np.random.default_rng([seed, int(image)]).choice(per_image, drawn, replace=False))
+        features.append(patches[image][rows].astype(np.float32))
+        shares.append(class_shares(problem.mask("train", int(image)), len(problem.classes), problem.grid)[rows])
+    return np.concatenate(features), torch.cat(shares)
+
+
+Predict = Callable[[Floats], Mapping[str, Floats]]
+"""Class probabilities [rows, K] of patch features [rows, D], for each candidate."""
+
+
+def confusions(problem: SegmentProblem, split: str, predict: Predict, images: Sequence[int]) -> dict[str, Ints]:
+    """Confusion counts [images, K, K] at mask resolution, for each candidate of `predict`."""
+    counts: dict[str, list[Ints]] = {}
+    classes, patches = len(problem.classes), problem.patches[split]
+    for start in range(0, len(images), _IMAGES):
+        batch = list(images[start : start + _IMAGES])
+        rows = patches[batch].astype(np.float32).reshape(-1, patches.shape[-1])
+        masks = [problem.mask(split, image) for image in batch]
+        for candidate, probabilities in predict(rows).items():
+            grids = torch.from_numpy(np.ascontiguousarray(probabilities, np.float32))
+            grids = grids.reshape(len(batch), *problem.grid, classes).permute(0, 3, 1, 2)
+            for grid, mask in zip(grids, masks, strict=True):
+                predicted = upsampled_classes(grid, mask.shape)
+                matrix = confusion_matrix(mask.reshape(-1).astype(np.int64), predicted.reshape(-1), classes)
+                counts.setdefault(candidate, []).append(matrix)
+    return {candidate: np.stack(matrices) for candidate, matrices in counts.items()}
+
+
+def upsampled_classes(probabilities_khw: Tensor, size: tuple[int, ...]) -> Ints:
+    """The most probable class of each pixel [H, W], after bilinear upsampling."""
+    full = torch.nn.functional.interpolate(probabilities_khw[None], size=size, mode="bilinear", align_corners=False)[0]
+    return full.argmax(0).numpy()
+
+
+def segment_probe(
+    problem: SegmentProblem, ks: Sequence[int], *, temperature: float, resamples: int, seed: int, device: torch.device
+) -> Finding:
+    """Both probes: select by pooled foreground Dice on validation, report Dice and IoU on test.
+
+    Scores are named `{knn|logreg}_{dice|iou}_{mean|foreground}[_per_image]`.
+    """
+    features, shares = training_patches(problem, seed)
+    images = len(problem.masks["val"])
+    validation = np.unique(np.linspace(0, images - 1, min(images, VALIDATION_IMAGES)).round().astype(np.int64)).tolist()
+    scores: dict[str, Score] = {}
+    chosen, details = [], {"train_patches": len(features), "compared_at": "mask resolution"}
+    for method, candidates in (
+        ("knn", _knn_candidates(features, shares, ks, temperature, device)),
+        ("logreg", _logreg_candidates(features, shares)),
+    ):
+        found = {n: foreground_dice(c) for n, c in confusions(problem, "val", candidates.all, validation).items()}
+        name = best(found)
+        test = confusions(problem, "test", candidates.one(name), range(len(problem.masks["test"])))[name]
+        for metric, score in overlap_scores(test, problem.groups["test"], resamples=resamples, seed=seed).items():
+            scores[f"{method}_{metric}"] = score
+        chosen.append(f"{method} {name}")
+        details[method] = {"validation_dice_foreground": found, **overlap_details(test, problem.classes)}
+    return Finding(scores, ", ".join(chosen), details)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Predictors that share work: all of them at once for selection, one for the test split."""
+
+    all: Predict
+    one: Callable[[str], Predict]
+
+
+def _knn_candidates(
+    features: Floats, shares: Tensor, ks: Sequence[int], temperature: float, device: torch.device
+) -> _Candidates:
+    bank, votes = normalised(features, device), shares.to(device)
+
+    def predictor(chosen: Sequence[int]) -> Predict:
+        def predict(rows: Floats) -> Mapping[str, Floats]:
+            batches = neighbour_votes(bank, votes, normalised(rows, device), chosen, temperature)
+            columns = zip(*batches, strict=True)
+            return {f"k={k}": torch.cat(list(c)).cpu().numpy() for k, c in zip(chosen, columns, strict=True)}
+
+        return predict
+
+    usable = fitting(ks, len(features))
+    return _Candidates(predictor(usable), lambda name: predictor([k for k in usable if f"k={k}" == name]))
+
+
+def _logreg_candidates(features: Floats, shares: Tensor) -> _Candidates:
+    scale = Standardiser(features)
+    # A patch on a border counts for each of its classes, by their shares: majority would erase thin structures.
+    rows, targets = np.nonzero(shares.numpy() > _SHARE)
+    weights = shares.numpy()[rows, targets].astype(np.float64)
+    train = scale(features)[rows].astype(np.float32)
+    models = {f"C={c:g}": Regression(shares.shape[1]).fit(train, targets.astype(np.int64), c, weights) for c in C_GRID}
+
+    def predictor(names: Sequence[str]) -> Predict:
+        def predict(patches: Floats) -> Mapping[str, Floats]:
+            scaled = scale(patches).astype(np.float32)
+            return {name: models[name].probabilities(scaled) for name in names}
+
+        return predict
+
+    return _Candidates(predictor(list(models)), lambda name: predictor([name]))
