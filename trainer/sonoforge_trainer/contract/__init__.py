@@ -38,11 +38,13 @@ from sonoforge_trainer.contract.config import (
     preset,
 )
 from sonoforge_trainer.contract.evaluation import (
+    PROTOCOLS,
     Evaluation,
     EvaluationRequest,
     EvaluationResult,
     Protocol,
     Score,
+    split_score,
 )
 from sonoforge_trainer.contract.exits import (
     ENV_ATTEMPT,
@@ -70,6 +72,7 @@ __all__ = [
     "MANIFEST",
     "MODEL_CARD",
     "PRESETS",
+    "PROTOCOLS",
     "QUARANTINE",
     "TEACHER",
     "Activity",
@@ -115,4 +118,5 @@ __all__ = [
     "load_yaml_documents",
     "parse_prefix",
     "preset",
+    "split_score",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -10,6 +10,8 @@ from sonoforge_trainer.contract.base import Part
 from sonoforge_trainer.contract.shards import Sha256
 
 Protocol = Literal["knn", "linear", "logreg", "fewshot", "segment-probe", "health"]
+PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+"""Every protocol."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 
 
@@ -105,3 +107,16 @@ class EvaluationResult(Part):
     """Passes over the images: 1, or 0 where cached features were used."""
     pictures: tuple[str, ...] = ()
     """Names of picture objects beside the result."""
+
+
+def split_score(name: str) -> tuple[str, str, str]:
+    """The evaluation, protocol and metric of a score: planes-segment-probe/dice is (planes, segment-probe, dice).
+
+    Raises ValueError for a name that is not of this form.
+    """
+    model, _, metric = name.partition("/")
+    for protocol in PROTOCOLS:
+        evaluation = model.removesuffix(f"-{protocol}")
+        if metric and evaluation != model:
+            return evaluation, protocol, metric
+    raise ValueError(f"{name!r} is not a score. Allowed: EVALUATION-PROTOCOL/METRIC, PROTOCOL one of {PROTOCOLS}")

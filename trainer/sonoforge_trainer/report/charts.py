@@ -1,0 +1,113 @@
+"""Line charts as inline SVG: no script, no font, no network. Colours come from the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+_WIDTH, _HEIGHT = 640, 260
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 40
+_SERIES_COLOURS = 8
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart."""
+
+    name: str
+    """What it is, for the legend."""
+    points: Sequence[tuple[float, float]]
+    """(x, y), x rising."""
+    markers: bool = False
+    """Show a dot with a tooltip at each point."""
+    reference: bool = False
+    """A dashed line: something to compare with."""
+
+
+def line_chart(title: str, series: Sequence[Series], *, x_label: str, log_y: bool = False) -> str:
+    """An SVG chart with a legend below it. Points that are not finite are left out, and break the line.
+
+    Returns an empty text where no series has a finite point.
+    """
+    finite = [(x, y) for s in series for x, y in s.points if math.isfinite(y) and (y > 0 or not log_y)]
+    if not finite:
+        return ""
+    scale = math.log10 if log_y else float
+    x_ticks = ticks(min(x for x, _ in finite), max(x for x, _ in finite))
+    y_ticks = ticks(min(scale(y) for _, y in finite), max(scale(y) for _, y in finite))
+    x_span, y_span = (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1])
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_span[0]) / (x_span[1] - x_span[0])
+        up = (scale(y) - y_span[0]) / (y_span[1] - y_span[0])
+        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f"<title>{escape(title)}</title>",
+    ]
+    for tick in y_ticks:
+        value = 10**tick if log_y else tick
+        _, y = place(x_span[0], value)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
+    bottom = 10 ** y_span[0] if log_y else y_span[0]
+    for tick in x_ticks:
+        x, y = place(tick, bottom)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{_number(tick)}</text>')
+    parts.append(
+        f'<text class="tick" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+    )
+    for number, one in enumerate(series):
+        colour = f"series-{number % _SERIES_COLOURS}"
+        for run in _finite_runs(one.points, log_y=log_y):
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in run))
+            dashes = " reference" if one.reference else ""
+            parts.append(f'<polyline class="line {colour}{dashes}" points="{path}"/>')
+            if one.markers:
+                parts += [
+                    f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
+                    f"<title>{escape(one.name)}: {_number(value)} at {_number(at)}</title></circle>"
+                    for (at, value), (x, y) in ((point, place(*point)) for point in run)
+                ]
+    parts.append("</svg>")
+    legend = "".join(
+        f'<li><span class="key series-{n % _SERIES_COLOURS}{" reference" if s.reference else ""}"></span>'
+        f"{escape(s.name)}</li>"
+        for n, s in enumerate(series)
+    )
+    return f'{"".join(parts)}<ul class="legend">{legend}</ul>'
+
+
+def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
+    """Round numbers that cover low..high, at least two."""
+    if high - low <= 1e-12 * max(1.0, abs(low)):
+        half = abs(low) * 0.1 or 1.0
+        low, high = low - half, high + half
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [n * step for n in range(first, last + 1)]
+
+
+def _finite_runs(points: Sequence[tuple[float, float]], *, log_y: bool) -> list[list[tuple[float, float]]]:
+    runs: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        if math.isfinite(y) and (y > 0 or not log_y):
+            runs[-1].append((x, y))
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _number(value: float) -> str:
+    if value == 0:
+        return "0"
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if suffix == 'k' else limit):g}{suffix}"
+    return f"{value:.4g}"
