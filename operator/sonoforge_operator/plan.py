@@ -123,9 +123,10 @@ def _count_workers(at: _Pass) -> _Pass:
         return at
     ended = [(i, f) for i, f in _worker_facts(at) if not f.running]
     failures = [(i, f, rules.classify(f)) for i, f in ended]
-    for _, _, failure in failures:
-        if failure.cause not in ("finished", "infrastructure"):
-            return _restart(at, failure)
+    real = [f for _, _, f in failures if f.cause not in ("finished", "infrastructure")]
+    if real:
+        # Where one node fails, the others end because of it: theirs is never the cause while another is known.
+        return _restart(at, min(real, key=lambda f: f.cause == "collective"))
     lost = [(i, f) for i, f, failure in failures if failure.cause == "infrastructure"]
     if lost:
         at = _replace(at, lost)
@@ -156,12 +157,14 @@ def _restart(at: _Pass, failure: rules.Failure) -> _Pass:
     moved = durable > at.status.durable_step_at_restart
     window = at.now - seconds(policy.application.window)
     applications = [t for t in at.status.application_failures if t > window]
-    if failure.cause in ("application", "collective"):
+    if failure.cause == "application":
         applications.append(at.now)
+    # A group that lost its nodes did nothing wrong; every other restart has to bring the run forward.
+    stuck = 1 if moved else at.status.restarts_without_progress + (failure.cause != "collective")
     counted = at.update(
         restarts=_raised(at.status, failure.cause),
         application_failures=tuple(applications),
-        restarts_without_progress=1 if moved else at.status.restarts_without_progress + 1,
+        restarts_without_progress=stuck,
         durable_step_at_restart=durable,
     )
     outcome = rules.give_up(rules.GiveUpFacts(failure, counted.status, policy))

@@ -39,9 +39,12 @@ class Failure:
 def classify(fact: ChildFact) -> Failure:
     """The class of a worker's end: what it said first, then its exit code. 137 alone never decides."""
     said = fact.termination
-    if said and said.cause != "terminated":
+    cause = said.cause if said else None
+    if cause == "done":
+        return Failure("finished", "")
+    if said and cause and cause != "terminated":
         where = f" at step {said.step}" if said.step is not None else ""
-        return Failure(said.cause, f"{said.exception or said.cause}{where}: {said.message}".rstrip(": "))
+        return Failure(cause, f"{said.exception or cause}{where}: {said.message}".rstrip(": "))
     if fact.exit_code is None or fact.exit_code < 0 or (said and fact.exit_code != 0):
         return Failure("infrastructure", "the process was killed" if fact.exit_code != ExitCode.TERMINATED else "")
     return Failure(_BY_CODE.get(fact.exit_code, "application"), f"exit code {fact.exit_code}")
@@ -69,7 +72,7 @@ def configuration_is_wrong(facts: GiveUpFacts) -> Outcome | None:
 def application_budget_is_spent(facts: GiveUpFacts) -> Outcome | None:
     """Application errors come too often."""
     budget = facts.policy.application
-    if facts.failure.cause in ("application", "collective") and len(facts.status.application_failures) > budget.max:
+    if facts.failure.cause == "application" and len(facts.status.application_failures) > budget.max:
         return Outcome(
             result="Failed",
             reason="ApplicationError",

@@ -1,7 +1,4 @@
-"""What a run reports while it trains: one JSON record an interval, on stdout, in the checkpoint and for TensorBoard.
-
-Values arrive as device tensors and are read once an interval, so that the step never waits for the host.
-"""
+"""What a run reports while it trains: one record an interval, in the log, in the checkpoint and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from typing import Any
 
 import structlog
 import torch
-from torch import Tensor
 
 from sonoforge_trainer.contract import canonical_json
 
@@ -64,63 +60,71 @@ class StepClock:
         return sum(self._waits) / total if total else 0.0
 
 
-class Mean:
-    """Running means of named device tensors, read once an interval. All names of an interval come with each step."""
+class Means:
+    """Running means of named numbers over an interval."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, float] = {}
         self._count = 0
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add one step's values, scalars on any device. Does not wait for them."""
+    def add(self, values: Mapping[str, float]) -> None:
+        """Add one step's values."""
         self._count += 1
         for name, value in values.items():
-            value = value.detach().float()
-            if name in self._sums:
-                self._sums[name] += value
-            else:
-                self._sums[name] = value.clone()
+            self._sums[name] = self._sums.get(name, 0.0) + value
 
     def take(self) -> dict[str, float]:
-        """The means since the last call; waits for the device. Empty where nothing was added."""
-        if not self._count:
-            return {}
-        stacked = torch.stack(list(self._sums.values())).div_(self._count).cpu().tolist()
-        names = list(self._sums)
+        """The means since the last call; empty where nothing was added."""
+        means = {name: total / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
-        return dict(zip(names, stacked, strict=True))
+        return means
 
 
-class Records:
-    """The metric records since the last checkpoint; they are committed with it.
+class CommittedLog:
+    """Lines by step that become durable with the checkpoint that holds their step.
 
-    A log that is durable exactly as far as the weights are never shows a step that was lost.
+    A log that is durable exactly as far as the weights never shows a step that was lost.
     """
 
-    def __init__(self, tensorboard: Path | None = None) -> None:
-        self._lines: list[str] = []
+    def __init__(self) -> None:
+        self._lines: list[tuple[int, str]] = []
+
+    def add(self, step: int, record: Mapping[str, Any]) -> None:
+        """Keep a record of the step that ends with `step` steps done."""
+        self._lines.append((step, canonical_json(record)))
+
+    def text(self, step: int) -> bytes:
+        """The lines up to and with `step`, for the checkpoint of that step."""
+        return "".join(line + "\n" for at, line in self._lines if at <= step).encode()
+
+    def forget(self, step: int) -> None:
+        """The checkpoint of `step` is committed: its lines are safe there."""
+        self._lines = [(at, line) for at, line in self._lines if at > step]
+
+
+class TensorBoard:
+    """TensorBoard event files in a folder; does nothing without one."""
+
+    def __init__(self, folder: Path | None) -> None:
         self._writer: Any = None
-        if tensorboard is not None:
+        if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(tensorboard))
+            self._writer = SummaryWriter(str(folder))
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Keep a record, print it and pass its numbers to TensorBoard."""
-        self._lines.append(canonical_json(record))
-        log.info("metrics", **record)
-        if self._writer is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._writer.add_scalar(name, value, record["step"])
+    def add(self, step: int, record: Mapping[str, Any]) -> None:
+        """Write the numbers of a record."""
+        if self._writer is None:
+            return
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
-    def take(self) -> bytes:
-        """The records since the last call, as JSON lines."""
-        text = "".join(line + "\n" for line in self._lines)
-        self._lines = []
+    def close(self) -> None:
+        """Close the files."""
         if self._writer is not None:
-            self._writer.flush()
-        return text.encode()
+            self._writer.close()
 
 
 class Gpu:

@@ -14,6 +14,7 @@ import annotated_types
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
+from pydantic.fields import FieldInfo
 
 
 class ContractError(ValueError):
@@ -157,8 +158,16 @@ def _field(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[Any
             if not arguments:
                 return None
             index = part if isinstance(part, int) and typing.get_origin(annotation) is tuple else -1
-            annotation, constraints = arguments[min(index, len(arguments) - 1)], []
+            annotation, constraints = _unwrap(arguments[min(index, len(arguments) - 1)])
     return annotation, constraints
+
+
+def _unwrap(annotation: Any) -> tuple[Any, list[Any]]:
+    """An annotation and its constraints, of `Annotated[int, Field(gt=0)]` for example."""
+    if typing.get_origin(annotation) is not typing.Annotated:
+        return annotation, []
+    inner, *extras = typing.get_args(annotation)
+    return inner, [c for extra in extras for c in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
 
 
 def _strip_optional(annotation: Any) -> Any:

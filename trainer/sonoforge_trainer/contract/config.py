@@ -349,7 +349,9 @@ class ExecutionConfig(Part):
     log_every_steps: PositiveInt = 10
     """Steps between metric records; also between reads of device values."""
     record_samples: bool = False
-    """Write the keyed hash of every sample used, by step and virtual rank, to `samples.jsonl`."""
+    """Keep the keyed hash of every sample used, by step and virtual rank, in the checkpoints."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard event files; None writes none."""
     collective_timeout_seconds: PositiveInt = 300
     """A collective that takes longer counts as failed."""
 

@@ -29,14 +29,16 @@ class ExitCode(IntEnum):
     """SIGTERM, state saved where there was time."""
 
 
-Cause = Literal["config", "data", "storage", "memory", "not-finite", "collective", "application", "terminated"]
+Cause = Literal[
+    "done", "config", "data", "storage", "memory", "not-finite", "collective", "application", "terminated"
+]
 
 
 class Termination(Part):
     """The termination message of a pod: the file at SONOFORGE_TERMINATION_LOG, at most 4096 bytes of JSON."""
 
     cause: Cause
-    """Class of the failure."""
+    """Class of the end; `done` for a process that ended well."""
     message: str = ""
     """One sentence without sample keys, paths of images or pixels."""
     exception: str = ""

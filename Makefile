@@ -1,0 +1,77 @@
+# The developer interface, and what CI runs. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a process: the machines are small, and sums are then the same everywhere.
+export OMP_NUM_THREADS ?= 1
+export PYTHONDONTWRITEBYTECODE ?= 1
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+.PHONY: demo
+demo: $(VENV)/ready ## From nothing to an evaluated model: phantoms, a real S3 server, elastic training, a report
+	$(BIN)/python demo/run.py
+
+.PHONY: test
+test: $(VENV)/ready check ## Everything CI checks: format, lint, types, import rules, tests
+	$(BIN)/pytest
+
+.PHONY: check
+check: $(VENV)/ready ## Format, lint, types and import rules, without tests
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: $(VENV)/ready ## Rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: bench
+bench: $(VENV)/ready $(VENV)-bench/ready ## Measure speed as ratios against named peers, and print the table
+	$(BIN)/python benchmarks/run.py
+
+.PHONY: real
+real: $(VENV)/ready ## The main job on the real ultrasound images beside the checkout (about an hour on 2 cores)
+	$(BIN)/python demo/real.py
+
+.PHONY: chaos
+chaos: $(VENV)/ready ## 50 random kills of every process of a run, by seed, and the recovery times
+	$(BIN)/python demo/chaos.py
+
+.PHONY: lock
+lock: $(VENV)/ready ## Compile the lock files again, with hashes and without index addresses
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-header --quiet --upgrade --output-file requirements/dev.lock
+	echo uv | $(BIN)/uv pip compile - --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--no-header --quiet --constraints requirements/dev.lock --output-file requirements/bootstrap.lock
+	$(BIN)/uv pip compile requirements/bench.in --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-header --quiet --upgrade --output-file requirements/bench.lock
+
+.PHONY: clean
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) $(VENV)-bench .cache build dist runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+$(VENV)/ready: requirements/dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Sonoforge needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "[1/3] making the environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.lock
+	@echo "[2/3] installing the locked packages (5.6 GB with CUDA libraries the first time)"
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements/dev.lock
+	@echo "[3/3] installing Sonoforge from this checkout"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)-bench/ready: requirements/bench.lock
+	@echo "installing the peers to compare with into $(VENV)-bench"
+	@test -x $(VENV)-bench/bin/python || $(PYTHON) -m venv $(VENV)-bench
+	@$(BIN)/uv pip sync --quiet --python $(VENV)-bench/bin/python --require-hashes requirements/bench.lock
+	@touch $@

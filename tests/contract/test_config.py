@@ -1,0 +1,150 @@
+"""The configuration says what is wrong and where, and presets carry the published numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from sonoforge_trainer.contract import ContractError, ModelConfig, TrainConfig, load_yaml, preset
+
+DATA = {"shards": "s3://bucket/set/shards.json"}
+
+
+def resolve(**parts: object) -> TrainConfig:
+    return TrainConfig.resolve({"data": DATA, **parts})
+
+
+def test_importing_the_contract_loads_nothing_heavy():
+    heavy = "torch numpy boto3 botocore webdataset PIL sklearn safetensors torchvision kopf kubernetes structlog"
+    code = f"import sys, sonoforge_trainer.contract\nprint(sorted(m for m in {heavy.split()!r} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (
+            {"data": {**DATA, "clipawre": True}},
+            "training.data.clipawre: unknown key; did you mean 'clipAware'? "
+            "Allowed: blockShards, clipAware, datasetDigest, mean, shards, std",
+        ),
+        (
+            {"data": {}},
+            "training.data.shards: required, but not given. Allowed: a text matching ^(s3|file)://.+\\.json$",
+        ),
+        (
+            {"data": DATA, "recipe": {"globalBatch": -3}},
+            "training.recipe.globalBatch: found -3. Allowed: a whole number > 0",
+        ),
+        (
+            {"data": DATA, "recipe": {"loss": {"centering": "mean"}}},
+            "training.recipe.loss.centering: found 'mean'. Allowed: one of ema, sinkhorn",
+        ),
+        (
+            {"data": DATA, "recipe": {"preset": "dinov3"}},
+            "training.recipe.preset: found 'dinov3'. Allowed: one of dinov2-short, ultradino, tiny",
+        ),
+        (
+            {"data": DATA, "recipe": {"crops": {"globalScale": [0.1, 2.0]}}},
+            "training.recipe.crops.globalScale.1: found 2.0. Allowed: a number >= 0 <= 1",
+        ),
+        ([], "training: found []. Allowed: a mapping with the keys model, data, recipe"),
+    ],
+)
+def test_an_error_gives_the_path_what_was_found_and_what_is_allowed(document, message):
+    with pytest.raises(ContractError) as error:
+        TrainConfig.resolve(document)
+    assert str(error.value) == message
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(ContractError) as error:
+        resolve(recipe={"globalBatch": 0, "seed": "x", "loss": {"kolео": 1}})
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_batch_that_virtual_ranks_do_not_divide_is_refused_with_a_batch_that_fits():
+    with pytest.raises(ContractError, match="globalBatch 100 is not a multiple of virtualRanks 32; use 96"):
+        resolve(recipe={"globalBatch": 100})
+
+
+def test_crops_that_patches_do_not_tile_are_refused():
+    with pytest.raises(ContractError, match=r"localSize 96 is not a multiple of model.patchSize 14; use 98"):
+        resolve(model={"patchSize": 14})
+
+
+def test_channel_statistics_must_fit_the_channels():
+    with pytest.raises(ContractError, match=r"data.mean has 3 values for model.inChannels 1"):
+        resolve(model={"inChannels": 1})
+
+
+def test_a_key_given_twice_is_an_error_and_not_a_silent_override():
+    with pytest.raises(ContractError, match=r"job.yaml, line 3: key 'seed' is given twice"):
+        load_yaml("seed: 1\nother: 2\nseed: 3\n", where="job.yaml")
+
+
+def test_dinov2_short_has_the_reference_numbers():
+    """ViT-L/16 short: 100 epochs of 1,250 steps of 2,048 images; warm-up 10, temperature 30, last layer 1 epoch."""
+    config = resolve()
+    recipe = config.recipe
+    assert (recipe.steps, recipe.global_batch, recipe.micro_batch) == (125_000, 2048, 64)
+    assert recipe.schedule.warmup_samples == 10 * 1250 * 2048
+    assert recipe.schedule.teacher_temperature_samples == 30 * 1250 * 2048
+    assert recipe.schedule.freeze_last_layer_samples == 1250 * 2048
+    assert (recipe.optim.base_lr, recipe.optim.min_lr, recipe.optim.clip_norm) == (0.004, 1e-6, 3.0)
+    assert (recipe.optim.layer_decay, recipe.optim.patch_embed_lr, recipe.optim.betas) == (0.9, 0.2, (0.9, 0.999))
+    assert (recipe.schedule.weight_decay, recipe.schedule.teacher_momentum) == ((0.04, 0.4), (0.992, 1.0))
+    assert recipe.schedule.teacher_temperature == (0.04, 0.07)
+    assert (recipe.head.prototypes, recipe.head.bottleneck_dim, recipe.head.shared) == (65_536, 256, True)
+    assert (recipe.loss.dino, recipe.loss.ibot, recipe.loss.koleo, recipe.loss.centering) == (1.0, 1.0, 0.1, "ema")
+    assert (config.model.arch, config.model.drop_path, config.model.registers) == ("vit_large", 0.3, 0)
+    assert recipe.augment.blur == (0.0, 0.9, 0.5)
+
+
+def test_the_field_defaults_are_the_numbers_of_dinov2_short():
+    document = {key: value for key, value in preset("dinov2-short").items() if key != "data"}
+    plain = TrainConfig.parse({"data": DATA})
+    assert plain == TrainConfig.parse({**document, "data": {**preset("dinov2-short")["data"], **DATA}})
+
+
+def test_ultradino_is_gray_with_its_own_statistics_and_vertical_flips():
+    config = resolve(recipe={"preset": "ultradino"})
+    assert (config.model.in_channels, config.model.registers, config.model.patch_size) == (1, 4, 16)
+    assert (config.data.mean, config.data.std) == ((0.1842924807,), (0.2187705424,))
+    augment = config.recipe.augment
+    assert (augment.horizontal_flip, augment.vertical_flip, augment.hue, augment.grayscale) == (0.0, 0.5, 0.0, 0.0)
+    assert (config.recipe.steps, config.recipe.global_batch) == (2_000_000, 128)
+
+
+def test_schedules_keep_their_share_of_a_changed_budget_unless_given():
+    recipe = resolve(
+        recipe={"preset": "ultradino", "budgetSamples": 64_000_000, "schedule": {"warmupSamples": 1000}}
+    ).recipe
+    assert recipe.schedule.warmup_samples == 1000
+    assert recipe.schedule.teacher_temperature_samples == 19_200_000
+    assert recipe.schedule.freeze_last_layer_samples == 640_000
+
+
+def test_what_the_user_gives_replaces_the_preset_field_by_field():
+    config = resolve(model={"arch": "vit_small"}, recipe={"preset": "ultradino", "augment": {"solarize": 0.0}})
+    assert (config.model.arch, config.model.registers) == ("vit_small", 4)
+    assert (config.recipe.augment.solarize, config.recipe.augment.vertical_flip) == (0.0, 0.5)
+
+
+def test_equal_configs_have_equal_digests_and_a_changed_seed_another():
+    one, same, other = resolve(), resolve(model={"arch": "vit_large"}), resolve(recipe={"seed": 1})
+    assert one.digest() == same.digest() != other.digest()
+
+
+def test_a_config_survives_its_own_document():
+    config = resolve(recipe={"preset": "tiny"})
+    assert TrainConfig.from_json(config.to_json()) == config
+    assert TrainConfig.resolve(config.document()) == config
+
+
+def test_configs_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        ModelConfig().depth = 3

@@ -1,0 +1,112 @@
+"""Small builders for tests of the planning core: jobs, checkpoints and a world that obeys a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sonoforge_operator.api import JobFile, parse_job_file
+from sonoforge_operator.observed import ChildFact, Observed, Plan
+from sonoforge_operator.plan import plan
+from sonoforge_operator.status import JobStatus
+from sonoforge_trainer.contract import Activity, CheckpointRef, Progress, Termination
+
+JOB = """
+apiVersion: sonoforge.dev/v1alpha1
+kind: PretrainJob
+metadata: {name: fetal}
+spec:
+  training:
+    data: {shards: s3://b/set/shards.json}
+    recipe: {preset: tiny, budgetSamples: 3200}
+  workers: {minNodes: 1, maxNodes: 2}
+  checkpoints: {uri: s3://b/run, everySamples: 320, keepLast: 2, keepBest: 1}
+  evaluation: {suiteRef: {name: planes}, bestBy: planes-knn/f1_macro, retries: 1}
+---
+apiVersion: sonoforge.dev/v1alpha1
+kind: EvalSuite
+metadata: {name: planes}
+spec:
+  evaluations:
+    - {name: planes, shards: s3://b/e/shards.json, protocols: [knn]}
+"""
+
+
+def job(**spec: object) -> JobFile:
+    """The job above; `spec` replaces parts of its spec."""
+    file = parse_job_file(JOB, where="job.yaml")
+    changed = file.job.spec.model_copy(update=spec)
+    return file.model_copy(update={"job": file.job.model_copy(update={"spec": changed})})
+
+
+def checkpoint(step: int, batch: int = 32) -> CheckpointRef:
+    """A committed checkpoint of the job above."""
+    return CheckpointRef(
+        step=step,
+        samples=step * batch,
+        uri=f"s3://b/run/step-{step:010d}/attempt-a",
+        manifest_digest=f"sha256:{step:064x}",
+        created="2026-01-01T00:00:00Z",
+    )
+
+
+def said_scores(value: float) -> Termination:
+    """What an evaluation process says when it is done."""
+    return Termination(cause="done", result={"knn/f1_macro": {"value": value}})
+
+
+@dataclass
+class World:
+    """Children and a coordinator that obey the plan. Children stay until they are told to end."""
+
+    file: JobFile = field(default_factory=job)
+    status: JobStatus = field(default_factory=JobStatus)
+    children: dict[str, ChildFact] = field(default_factory=dict)
+    progress: Progress | None = None
+    now: float = 1000.0
+    started: list[str] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    last: Plan | None = None
+
+    def turn(self, seconds: float = 1.0) -> Plan:
+        """One pass: plan, write the status, start and stop children."""
+        self.now += seconds
+        observed = Observed(status=self.status, children=dict(self.children), progress=self.progress)
+        decided = plan(self.file, observed, self.now)
+        self.status = decided.status
+        self.events += [e.reason for e in decided.events]
+        wanted = {c.name for c in decided.children}
+        for name in set(self.children) - wanted:
+            del self.children[name]
+        for name in sorted(wanted - set(self.children)):
+            self.children[name] = ChildFact(name=name, running=True, started=self.now)
+            self.started.append(name)
+        self.last = decided
+        return decided
+
+    def report(self, step: int, *checkpoints: int, **fields: object) -> None:
+        """The run says that it stands at a step and has these checkpoints."""
+        base = {
+            "attempt": f"a{self.status.attempt}",
+            "activity": Activity.TRAINING,
+            "updated": self.now,
+            "step": step,
+            "steps": 100,
+            "step_time": self.now + 0.5,
+            "world_size": 2,
+            "samples": step * 32,
+            "budget_samples": 3200,
+            "median_step_seconds": 1.0,
+            "checkpoints": tuple(checkpoint(s) for s in checkpoints),
+        }
+        self.progress = Progress.model_validate(base | fields)
+
+    def end(self, prefix: str, code: int | None = 0, said: Termination | None = None) -> None:
+        """The running children with this prefix end."""
+        names = [n for n, f in self.children.items() if n.startswith(prefix) and f.running]
+        assert names, f"no running child starts with {prefix}"
+        for name in names:
+            self.children[name] = ChildFact(name=name, running=False, exit_code=code, termination=said)
+
+    def running(self, prefix: str) -> list[str]:
+        """Running children with this prefix."""
+        return sorted(n for n, f in self.children.items() if n.startswith(prefix) and f.running)

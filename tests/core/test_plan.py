@@ -1,0 +1,324 @@
+"""The plan of a job: what exists when, what a failure leads to, and that nothing is lost or done twice."""
+
+from __future__ import annotations
+
+import pytest
+from builders import World, checkpoint, job, said_scores
+
+from sonoforge_operator.api import EvaluationPolicy, NameRef
+from sonoforge_trainer.contract import Activity, CheckpointConfig, Termination
+
+
+def policy(**changes: object) -> EvaluationPolicy:
+    base = {"suite_ref": NameRef(name="planes"), "best_by": "planes-knn/f1_macro", "retries": 1}
+    return EvaluationPolicy.model_validate(base | changes)
+
+
+def test_a_new_job_gets_a_coordinator_and_all_its_nodes():
+    world = World()
+    world.turn()
+    assert world.started == ["coordinator-000", "worker-001-0000-000", "worker-001-0001-000"]
+    assert world.status.phase == "Pending"
+
+
+def test_the_whole_life_of_a_job():
+    world = World()
+    world.turn()
+    world.report(10, 0)
+    world.turn()
+    assert world.status.phase == "Running"
+    assert len(world.running("eval-")) == 1
+    world.end("eval-", 0, said_scores(0.3))
+    world.report(100, 0, 50, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    for score in (0.5, 0.8):
+        world.turn()
+        world.end("eval-", 0, said_scores(score))
+    world.turn()
+    assert world.running("worker-") == []
+    if world.running("retention-"):
+        world.end("retention-")
+    world.turn()
+    assert world.status.phase == "Succeeded"
+    assert world.status.best == checkpoint(100).id
+    assert [c.score("planes-knn/f1_macro") for c in world.status.checkpoints] == [0.3, 0.5, 0.8]
+    assert world.last is not None
+    assert world.last.children == ()
+
+
+def test_a_finished_job_never_changes_again():
+    world = World()
+    world.turn()
+    world.report(100, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    world.end("eval-", 0, said_scores(0.5))
+    world.turn()
+    world.turn()
+    assert world.status.terminal
+    before, started = world.status, list(world.started)
+    world.progress = None
+    world.turn(3600)
+    assert world.status == before
+    assert world.started == started
+
+
+def test_a_lost_node_is_replaced_alone_and_the_others_are_told():
+    world = World()
+    world.turn()
+    world.report(10)
+    world.turn()
+    world.end("worker-001-0001", -9)
+    plan = world.turn()
+    assert world.running("worker-") == ["worker-001-0000-000", "worker-001-0001-001"]
+    assert [(r.kind, r.node, r.id) for r in plan.requests] == [("lost", "1", "worker-001-0001-000")]
+    assert world.status.restarts == {"infrastructure": 1}
+
+
+def test_an_application_error_restarts_the_whole_group_and_the_budget_ends_the_job():
+    world = World()
+    world.turn()
+    said = Termination(cause="application", exception="KeyError", message="boom", step=7)
+    for attempt in (2, 3):
+        world.end("worker-001-0000" if attempt == 2 else f"worker-{attempt - 1:03d}-0000", 1, said)
+        world.turn()
+        assert world.running("worker-") == [f"worker-{attempt:03d}-0000-000", f"worker-{attempt:03d}-0001-000"]
+    world.end("worker-003-0000", 1, said)
+    world.turn()
+    assert world.status.outcome is not None
+    assert world.status.outcome.reason == "NoProgress"
+    world.turn()
+    assert world.running("worker-") == []
+
+
+def test_the_error_of_one_node_is_the_cause_and_not_that_the_others_lost_it():
+    world = World()
+    world.turn()
+    world.end("worker-001-0000", 1, Termination(cause="collective", message="ended by another node"))
+    world.end("worker-001-0001", 65, Termination(cause="data", message="s3://b/x is missing"))
+    world.turn()
+    assert world.status.restarts == {"data": 1}
+
+
+def test_a_configuration_error_fails_the_job_at_once_with_its_message():
+    world = World()
+    world.turn()
+    world.end("worker-001-0000", 64, Termination(cause="config", exception="ContractError", message="bad"))
+    world.turn()
+    world.report(0)
+    world.turn()
+    assert world.status.phase == "Failed"
+    assert world.status.condition("Failed").message == "ContractError: bad"
+
+
+@pytest.mark.parametrize(("cause", "code", "reason"), [("memory", 71, "OutOfMemory"), ("not-finite", 76, "NotFinite")])
+def test_memory_and_divergence_get_one_more_try(cause, code, reason):
+    world = World()
+    for attempt in (1, 2):
+        world.turn()
+        world.report(10 * attempt, 10 * attempt)
+        world.turn()
+        world.end(f"worker-{attempt:03d}-0000", code, Termination(cause=cause, message="x"))
+    world.turn()
+    assert world.status.outcome is not None
+    assert world.status.outcome.reason == reason
+
+
+def test_the_coordinator_is_replaced_and_the_workers_are_left_alone():
+    world = World()
+    world.turn()
+    world.report(10)
+    world.turn()
+    world.end("coordinator-", -9)
+    world.turn()
+    assert world.running("coordinator-") == ["coordinator-001"]
+    assert world.running("worker-") == ["worker-001-0000-000", "worker-001-0001-000"]
+
+
+def test_workers_that_ended_well_before_anyone_saw_the_last_checkpoint_are_asked_again():
+    world = World()
+    world.turn()
+    world.report(90, 50)
+    world.turn()
+    world.end("worker-")
+    world.turn()
+    assert world.running("worker-") == ["worker-002-0000-000", "worker-002-0001-000"]
+    world.report(100, 50, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    world.turn()
+    assert world.status.outcome is not None
+    assert world.status.outcome.reason == "BudgetSpent"
+
+
+def test_an_evaluation_that_was_killed_is_done_again_and_does_not_count_as_failed():
+    world = World()
+    world.turn()
+    world.report(10, 0)
+    world.turn()
+    for _ in range(5):
+        world.end("eval-", -9)
+        world.turn()
+        world.turn()
+    world.end("eval-", 0, said_scores(0.4))
+    world.turn()
+    evaluation = world.status.checkpoints[0].evaluations[0]
+    assert (evaluation.phase, evaluation.scores["planes-knn/f1_macro"].value) == ("Succeeded", 0.4)
+
+
+def test_an_evaluation_that_keeps_failing_is_marked_and_training_goes_on():
+    world = World()
+    world.turn()
+    world.report(10, 0)
+    world.turn()
+    for _ in range(2):
+        world.end("eval-", 65, Termination(cause="data", message="leak between splits"))
+        world.turn()
+        world.turn()
+    evaluation = world.status.checkpoints[0].evaluations[0]
+    assert (evaluation.phase, evaluation.reason) == ("Failed", "data: leak between splits")
+    assert len(world.running("worker-")) == 2
+
+
+def test_only_as_many_evaluations_run_as_the_policy_allows():
+    world = World(file=job(evaluation=policy(parallel=2)))
+    world.turn()
+    world.report(40, 0, 10, 20, 30)
+    world.turn()
+    assert len(world.running("eval-")) == 2
+
+
+def test_a_job_does_not_end_before_its_last_checkpoint_has_scores():
+    world = World()
+    world.turn()
+    world.report(100, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    world.turn()
+    assert world.status.outcome is not None
+    assert not world.status.terminal
+    assert world.status.phase == "Evaluating"
+
+
+def test_scores_that_stop_rising_stop_the_job_and_the_checkpoint_made_on_leaving_is_evaluated():
+    world = World(file=job(evaluation=policy(stop_after_no_gain=2)))
+    world.turn()
+    world.report(30, 0, 10, 20)
+    for score in (0.5, 0.4, 0.4):
+        world.turn()
+        world.end("eval-", 0, said_scores(score))
+    world.turn()
+    assert world.status.outcome is not None
+    assert world.status.outcome.reason == "NoGain"
+    assert world.running("worker-") == []
+    assert world.running("coordinator-") == ["coordinator-000"]
+    world.report(33, 0, 10, 20, 33, activity=Activity.STOPPED)
+    world.turn()
+    assert len(world.running("eval-")) == 1
+    world.end("eval-", 0, said_scores(0.4))
+    for _ in range(3):
+        world.turn()
+        if world.running("retention-"):
+            world.end("retention-")
+    assert world.status.phase == "Succeeded"
+    assert world.status.checkpoints[-1].ref.step == 33
+
+
+def test_suspending_releases_the_workers_and_unsuspending_brings_them_back():
+    world = World()
+    world.turn()
+    world.report(10, 10)
+    world.turn()
+    world.file = job(suspend=True)
+    world.turn()
+    world.turn()
+    assert world.running("worker-") == []
+    assert world.status.phase in ("Suspended", "Evaluating")
+    world.file = job()
+    world.turn()
+    assert len(world.running("worker-")) == 2
+
+
+def test_a_run_that_stops_stepping_is_started_over_as_a_new_attempt():
+    world = World()
+    world.turn()
+    world.report(10, 10)
+    world.turn()
+    world.turn(59)
+    assert world.status.attempt == 1
+    world.turn(10)
+    assert world.status.attempt == 2
+    assert world.status.restarts == {"stall": 1}
+    assert "Restarted" in world.events
+
+
+def test_a_run_that_says_it_trains_but_does_not_step_is_not_shown_as_running():
+    world = World()
+    world.turn()
+    world.report(0, step_time=0.0)
+    world.turn()
+    assert world.status.phase == "Pending"
+
+
+def test_steps_done_again_are_counted():
+    world = World()
+    world.turn()
+    world.report(37, 30)
+    world.turn()
+    world.report(31, 30, attempt="next", restored_step=30)
+    world.turn()
+    assert world.status.lost_steps == 7
+
+
+def test_retention_keeps_the_newest_the_best_and_what_waits_for_scores():
+    config = CheckpointConfig(uri="s3://b/run", every_samples=320, keep_last=1, keep_best=1)
+    world = World(file=job(checkpoints=config, evaluation=policy(parallel=9)))
+    world.turn()
+    world.report(40, 0, 10, 20, 30)
+    world.turn()
+    for name, score in zip(world.running("eval-")[:3], (0.1, 0.9, 0.2), strict=True):
+        world.end(name, 0, said_scores(score))
+    world.turn()
+    best = world.status.best
+    retention = [c for c in world.last.children if c.kind == "retention"]
+    assert len(retention) == 1
+    doomed = set(retention[0].prune)
+    assert best not in doomed
+    assert checkpoint(30).id not in doomed
+    assert len(doomed) in (1, 2)
+    world.end("retention-")
+    world.turn()
+    assert {c.ref.id for c in world.status.checkpoints if c.pruned} == doomed
+    assert len(world.status.checkpoints) == 4
+
+
+def test_every_condition_is_always_present():
+    world = World()
+    for _ in range(3):
+        world.turn()
+        assert [c.type for c in world.status.conditions] == [
+            "Accepted",
+            "Rendezvoused",
+            "Training",
+            "Stalled",
+            "Evaluating",
+            "Suspended",
+            "Succeeded",
+            "Failed",
+        ]
+
+
+def test_a_pass_that_was_cut_after_the_status_was_written_is_finished_by_the_next():
+    """The status says that a node was replaced, but the process was not started: the next pass starts it, once."""
+    world = World()
+    world.turn()
+    world.report(10)
+    world.turn()
+    world.end("worker-001-0001", -9)
+    dead = dict(world.children)
+    world.turn()
+    world.children = dead  # as if the runner had died between writing the status and touching the processes
+    world.turn()
+    assert world.running("worker-") == ["worker-001-0000-000", "worker-001-0001-001"]
+    assert world.status.restarts == {"infrastructure": 1}
