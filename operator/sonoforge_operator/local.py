@@ -31,12 +31,9 @@ from sonoforge_operator.api import JobFile
 from sonoforge_operator.observed import Child, ChildFact, Event, Observed, Plan
 from sonoforge_operator.status import JobStatus
 from sonoforge_trainer.contract import (
-    ENV_ATTEMPT,
     ENV_CONFIG,
     ENV_HASH_KEY_FILE,
-    ENV_STORE,
     ENV_TERMINATION_LOG,
-    ENV_TOKEN_FILE,
     ContractError,
     Part,
     Progress,
@@ -49,6 +46,8 @@ from sonoforge_trainer.contract import (
 _ENV_CHILD = "SONOFORGE_CHILD"
 _GRACE_SECONDS = {"worker": 90.0}
 _SHUTDOWN_SECONDS = 60
+# Processes of one machine start and die quickly, so nobody has to wait long for the others.
+_TIMERS = ("--keep-alive=1", "--keep-alive-misses=3", "--first-call=15", "--last-call=3", "--lost-timeout=2")
 _HTTP_SECONDS = 2.0
 _ALREADY_STARTED = 113
 # `set -C` refuses to overwrite: of two starts of one child, the second ends before it becomes the program.
@@ -299,11 +298,13 @@ class LocalPort:
                     "-m",
                     "sonoforge_trainer.launch",
                     f"--nodes={workers.min_nodes}:{workers.max_nodes}",
-                    f"--processes={workers.gpus_per_node}",
-                    f"--store={where.host}:{where.store_port}",
+                    f"--nproc-per-node={workers.gpus_per_node}",
+                    f"--endpoint={where.host}:{where.store_port}",
                     f"--attempt={self._config.uid}-{child.attempt}",
                     f"--local-addr={_address(child.index)}",
+                    f"--job={self._config.job}",
                     f"--shutdown-timeout={_SHUTDOWN_SECONDS}",
+                    *_TIMERS,
                 ]
             case "evaluation":
                 assert child.request is not None
@@ -323,11 +324,7 @@ class LocalPort:
         if child.kind == "worker":
             environment |= {
                 ENV_CONFIG: str(self.folder / "config.json"),
-                ENV_STORE: f"{self._endpoints.host}:{self._endpoints.store_port}",
-                ENV_ATTEMPT: str(child.attempt),
             }
-        if child.kind == "coordinator":
-            environment[ENV_TOKEN_FILE] = str(self.folder / "token")
         return environment
 
     def _mark(self, name: str) -> str:
