@@ -1,0 +1,136 @@
+"""Real writer processes for the tests: `python processes.py MODE JSON`. Forked, so that torch is imported once."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from conftest import IDENTITY, make_snapshot
+
+from sonoforge_trainer.checkpoint import CheckpointStore, CheckpointWriter, Peers, restore
+from sonoforge_trainer.storage import Storage, StorageSettings
+
+
+class KilledStorage(Storage):
+    """Storage whose process is killed before or after its n-th write."""
+
+    def __init__(self, settings, at, after):
+        super().__init__(settings)
+        self.at, self.after, self.writes = at, after, 0
+
+    def write(self, uri, data, *, if_absent=False):
+        self.writes += 1
+        if self.writes == self.at and not self.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        info = super().write(uri, data, if_absent=if_absent)
+        if self.writes == self.at and self.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return info
+
+
+def forked(function, *args):
+    """Run in a child; returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        function(*args)
+    except BaseException:  # noqa: BLE001 - a forked child must not return into its parent's code
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def crash_save(settings, uri, step, attempt, at, after):
+    """Save one checkpoint, and be killed on the way."""
+    writer = CheckpointWriter(KilledStorage(settings, at, after), uri, IDENTITY, attempt)
+    writer.save(make_snapshot(step))
+    result = writer.wait(60)
+    raise SystemExit(f"not killed: {result}")
+
+
+def crash(settings, uri, deaths):
+    """For each (step, attempt, at, after) a process that dies; prints how each ended."""
+    ends = []
+    for death in deaths:
+        _, status = os.waitpid(forked(crash_save, settings, uri, *death), 0)
+        ends.append(os.waitstatus_to_exitcode(status))
+    print(json.dumps(ends))
+
+
+def rank_main(settings, uri, port, rank, world_size, attempt, saves, damage, timeout):
+    """One rank: join, restore, save what is asked, and report as a file."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    peers = Peers(rank, world_size, store)
+    storage = Storage(settings)
+    loaded = restore(CheckpointStore(storage, uri, IDENTITY), peers, attempt)
+    report = {
+        "restored": loaded and loaded.ref.id,
+        "sums": loaded and {name: tensor.double().sum().item() for name, tensor in sorted(loaded.tensors.items())},
+    }
+    if damage and damage["kind"] == "kill" and damage["rank"] == rank:
+        storage = KilledStorage(settings, damage["write"], damage["after"])
+    writer = CheckpointWriter(
+        storage,
+        uri,
+        IDENTITY,
+        attempt,
+        peers,
+        previous=loaded and loaded.ref.manifest_digest,
+        peers_timeout_seconds=timeout,
+    )
+    results = []
+    if damage and damage["kind"] == "ahead" and damage["rank"] == rank:
+        writer.save(make_snapshot(damage["step"]))  # which nobody else saves
+    for step in saves:
+        writer.save(make_snapshot(step))
+        result = writer.wait(60)
+        results.append(
+            result
+            and {
+                "id": result.ref and result.ref.id,
+                "error": result.error and str(result.error),
+                "bytes": result.bytes,
+            }
+        )
+    report["results"] = results
+    store.set(f"report-{rank}", json.dumps(report))
+    dist.destroy_process_group()
+
+
+def ranks(settings, uri, world_size, attempt, saves, damage=None, timeouts=None):
+    """A process group of real processes; prints each rank's report (null for one that died)."""
+    master = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
+    children = [
+        forked(
+            rank_main,
+            settings,
+            uri,
+            master.port,
+            rank,
+            world_size,
+            attempt,
+            saves,
+            damage,
+            (timeouts or [60] * world_size)[rank],
+        )
+        for rank in range(world_size)
+    ]
+    for child in children:
+        os.waitpid(child, 0)
+    reports = [f"report-{rank}" for rank in range(world_size)]
+    print(json.dumps([json.loads(master.get(key)) if master.check([key]) else None for key in reports]))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    arguments = json.loads(sys.argv[2])
+    settings = dataclasses.replace(StorageSettings.from_env(), **arguments.pop("settings", {}))
+    {"crash": crash, "ranks": ranks}[sys.argv[1]](settings, **arguments)

@@ -1,0 +1,54 @@
+"""Loading must not be able to run code."""
+
+import ast
+from pathlib import Path
+
+import sonoforge_trainer
+
+FORBIDDEN_MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "torch.serialization",
+}
+FORBIDDEN_NAMES = {
+    ("torch", "load"),
+    ("torch", "save"),
+    ("dist", "broadcast_object_list"),
+    ("dist", "all_gather_object"),
+    ("dist", "gather_object"),
+    ("dist", "scatter_object_list"),
+}
+
+
+def _faults(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in FORBIDDEN_MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            names = {(node.module or "", alias.name) for alias in node.names}
+            yield from (f"{module}.{name}" for module, name in names if module in FORBIDDEN_MODULES)
+            yield from (f"{module}.{name}" for module, name in names & FORBIDDEN_NAMES)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if (node.value.id, node.attr) in FORBIDDEN_NAMES:
+                yield f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            yield "allow_pickle"
+
+
+def test_no_module_of_the_trainer_can_unpickle():
+    root = Path(sonoforge_trainer.__file__).parent
+    modules = sorted(root.rglob("*.py"))
+    assert len(modules) > 10
+    faults = {str(path.relative_to(root)): sorted(_faults(ast.parse(path.read_text()))) for path in modules}
+    assert {path: found for path, found in faults.items() if found} == {}
+
+
+def test_the_search_itself_finds_each_way():
+    text = "import pickle\nfrom torch import load\nfrom pickle import loads\ntorch.load(0, allow_pickle=1)\n"
+    assert sorted(_faults(ast.parse(text))) == ["allow_pickle", "pickle", "pickle.loads", "torch.load", "torch.load"]

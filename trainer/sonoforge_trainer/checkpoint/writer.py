@@ -1,0 +1,317 @@
+"""Writing checkpoints while training goes on.
+
+`save` copies the state to host memory and returns; a thread uploads. Every rank writes a part, rank 0 also the
+teacher's backbone and its card; when all parts are reported, rank 0 writes the manifest and then COMMIT. Until COMMIT
+is there, nothing is: a process killed anywhere leaves the checkpoint before it as the newest.
+
+One upload is in flight at most. The ranks must agree whether a step saves: fold `busy()` of every rank into a flag of
+the step's reduction (maximum), and call `save` on all ranks or `skip` on all ranks. Where they disagree all the same,
+the rank that left out its part says so, and the checkpoint fails on all ranks instead of hanging.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor
+
+from sonoforge_trainer.checkpoint.errors import CheckpointFailedError, CheckpointTimeoutError
+from sonoforge_trainer.checkpoint.identity import RunIdentity, utc_text
+from sonoforge_trainer.checkpoint.once import write_once
+from sonoforge_trainer.checkpoint.peers import Board, Peers
+from sonoforge_trainer.checkpoint.staging import HostBuffer
+from sonoforge_trainer.checkpoint.store import reference
+from sonoforge_trainer.checkpoint.tensorfile import deal
+from sonoforge_trainer.contract import (
+    COMMIT,
+    MANIFEST,
+    MODEL_CARD,
+    TEACHER,
+    CheckpointManifest,
+    CheckpointRef,
+    ModelCard,
+    StoredObject,
+    canonical_json,
+    checkpoint_prefix,
+)
+from sonoforge_trainer.storage import Storage
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one checkpoint holds. The tensors are read during `save` only."""
+
+    step: int
+    """Optimiser steps done; 0 is the random initialisation."""
+    samples: int
+    """Images seen."""
+    tensors: Mapping[str, Tensor]
+    """The whole training state by name, the same on every rank."""
+    teacher: Mapping[str, Tensor]
+    """The teacher's backbone by plain DINOv2 name."""
+    card: ModelCard
+    """What the backbone expects."""
+    scalars: Mapping[str, Any] = field(default_factory=dict)
+    """Small JSON values of the training state that are not tensors."""
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save ended; the same on every rank."""
+
+    step: int
+    ref: CheckpointRef | None
+    """The committed checkpoint, or None."""
+    error: CheckpointFailedError | None
+    """Why there is none."""
+    stall_seconds: float
+    """Time that `save` held up this rank."""
+    upload_seconds: float
+    """Time from then until the commit was known to this rank."""
+    bytes: int
+    """Written by this rank."""
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A snapshot in host memory, ready to upload."""
+
+    step: int
+    samples: int
+    scalars: dict[str, Any]
+    files: Mapping[str, memoryview]
+    """What this rank writes, by object name."""
+
+
+class CheckpointWriter:
+    """Saves the state of one process group. Its methods belong to the training thread.
+
+    `attempt` identifies the process group: the same on every rank, never used before (`fresh_attempt`). `previous` is
+    the manifest digest of the checkpoint that the run continues from.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        uri: str,
+        identity: RunIdentity,
+        attempt: str,
+        peers: Peers | None = None,
+        *,
+        previous: str | None = None,
+        device: torch.device | None = None,
+        peers_timeout_seconds: float = 900.0,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.skipped = 0
+        """Checkpoints left out because the one before was still uploading."""
+        self._storage = storage
+        self._uri = uri
+        self._identity = identity
+        self._attempt = attempt
+        self._peers = peers or Peers()
+        self._previous = previous
+        self._timeout_seconds = peers_timeout_seconds
+        self._clock = clock
+        device = device or torch.device("cpu")
+        self._state_buffer, self._teacher_buffer = HostBuffer(device), HostBuffer(device)
+        self._thread: threading.Thread | None = None
+        self._step: int | None = None  # of the newest save, which `_failure` says did not work
+        self._failure: CheckpointFailedError | None = None
+        self._last_outcome: str | None = None  # key of the newest outcome on the board
+        self._leaving = threading.Event()
+        self._lock = threading.Lock()
+        self._result: SaveResult | None = None  # not yet collected
+
+    def busy(self) -> bool:
+        """A checkpoint is still uploading. For the step's flags."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, snapshot: Snapshot) -> bool:
+        """Copy the state and start the upload; the tensors may change as soon as this returns.
+
+        False where an upload is in flight: this one is left out and counted. A step is saved once: for the step of the
+        newest save nothing is done, and the answer is whether it is saved or on its way. Raises CheckpointFailedError
+        where the save before failed and its result was not collected.
+        """
+        if snapshot.step == self._step:
+            return self._failure is None
+        if self.busy():
+            self.skip(snapshot.step)
+            if self._peers.world_size > 1:
+                note = {"error": f"rank {self._peers.rank} was still uploading the one before"}
+                self._board().post(f"{snapshot.step}/part-{self._peers.rank}", note)
+            return False
+        uncollected = self.poll()
+        if uncollected is not None and uncollected.error is not None:
+            raise uncollected.error
+        started = time.perf_counter()
+        staged = self._stage(snapshot)
+        stall_seconds = time.perf_counter() - started
+        self._step, self._failure = snapshot.step, None
+        self._thread = threading.Thread(
+            target=self._run, args=(staged, stall_seconds), name=f"checkpoint-{snapshot.step}", daemon=True
+        )
+        self._thread.start()
+        return True
+
+    def skip(self, step: int) -> None:
+        """Count a checkpoint that all ranks left out because one of them was still uploading."""
+        self.skipped += 1
+        _log.warning("checkpoint skipped: the one before is still uploading", step=step, skipped=self.skipped)
+
+    def poll(self) -> SaveResult | None:
+        """The result of the newest save, once, when it has ended. Never blocks."""
+        with self._lock:
+            result, self._result = self._result, None
+        return result
+
+    def wait(self, timeout_seconds: float) -> SaveResult | None:
+        """Wait for the upload in flight, then as `poll`. Raises CheckpointTimeoutError when time is over."""
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
+            if self._thread.is_alive():
+                raise CheckpointTimeoutError(
+                    f"the checkpoint of step {self._step} was not committed within {timeout_seconds:.0f} s; "
+                    "the one before it is the newest. Give the process more time to end, or faster storage"
+                )
+        return self.poll()
+
+    def close(self) -> None:
+        """Stop waiting for other ranks. An upload that still runs is left behind, uncommitted."""
+        self._leaving.set()
+
+    def _stage(self, snapshot: Snapshot) -> _Staged:
+        rank, world_size = self._peers.rank, self._peers.world_size
+        sizes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in snapshot.tensors.items()}
+        teacher_bytes = sum(tensor.numel() * tensor.dtype.itemsize for tensor in snapshot.teacher.values())
+        mine = deal(sizes, world_size, first_load=teacher_bytes)[rank]
+        scalars = json.loads(canonical_json(dict(snapshot.scalars)))  # a copy, and a fault here is the caller's to see
+        files = {
+            f"state-{rank:05d}-of-{world_size:05d}.safetensors": self._state_buffer.begin(
+                {name: snapshot.tensors[name] for name in mine}
+            )
+        }
+        if rank == 0:
+            files[TEACHER] = self._teacher_buffer.begin(snapshot.teacher)
+        self._state_buffer.finish()
+        self._teacher_buffer.finish()
+        views = {name: memoryview(file_u8.numpy()) for name, file_u8 in files.items()}
+        if rank == 0:
+            views[MODEL_CARD] = memoryview(snapshot.card.to_json().encode())
+        return _Staged(snapshot.step, snapshot.samples, scalars, views)
+
+    def _run(self, staged: _Staged, stall_seconds: float) -> None:
+        """The upload thread."""
+        started = time.perf_counter()
+        ref, failure = None, None
+        try:
+            ref = self._upload(staged)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must reach the training thread
+            failure = CheckpointFailedError(f"the checkpoint of step {staged.step} was not written: {error}")
+            failure.__cause__ = error
+            _log.error("checkpoint failed", step=staged.step, error=str(error), kind=type(error).__name__)
+        written = sum(len(file) for file in staged.files.values())
+        seconds = time.perf_counter() - started
+        if ref is not None:
+            self._previous = ref.manifest_digest
+            _log.info("checkpoint committed", id=ref.id, stall_seconds=stall_seconds, upload_seconds=seconds)
+        with self._lock:
+            self._failure = failure
+            self._result = SaveResult(staged.step, ref, failure, stall_seconds, seconds, written)
+
+    def _upload(self, staged: _Staged) -> CheckpointRef:
+        """Write this rank's objects, and see the checkpoint committed."""
+        if self._peers.world_size == 1:
+            return self._commit(staged, self._write_files(staged))
+        return self._upload_first(staged) if self._peers.rank == 0 else self._upload_other(staged)
+
+    def _upload_first(self, staged: _Staged) -> CheckpointRef:
+        board, outcome = self._board(), f"{staged.step}/outcome"
+        try:
+            objects = self._write_files(staged)
+            keys = [f"{staged.step}/part-{rank}" for rank in range(1, self._peers.world_size)]
+            for note in board.read_all(keys, self._timeout_seconds, self._leaving.is_set):
+                _raise_error_of(note)
+                objects += [StoredObject.parse(stored) for stored in note["objects"]]
+            ref = self._commit(staged, objects)
+        except Exception as error:
+            board.post(outcome, {"error": str(error)})
+            raise
+        board.post(outcome, {"ref": ref.document()})
+        # All parts of this checkpoint are in, so every rank has read the outcome of the one before.
+        if self._last_outcome is not None:
+            board.erase(self._last_outcome)
+        self._last_outcome = outcome
+        return ref
+
+    def _upload_other(self, staged: _Staged) -> CheckpointRef:
+        board, key = self._board(), f"{staged.step}/part-{self._peers.rank}"
+        try:
+            objects = self._write_files(staged)
+        except Exception as error:
+            board.post(key, {"error": f"rank {self._peers.rank}: {error}"})
+            raise
+        board.post(key, {"objects": [stored.document() for stored in objects]})
+        note = board.read(f"{staged.step}/outcome", self._timeout_seconds, self._leaving.is_set)
+        board.erase(key)
+        _raise_error_of(note)
+        return CheckpointRef.parse(note["ref"])
+
+    def _write_files(self, staged: _Staged) -> list[StoredObject]:
+        prefix = checkpoint_prefix(self._uri, staged.step, self._attempt)
+        objects = []
+        for name, data in staged.files.items():
+            digest = _sha256(data)
+            write_once(self._storage, self._uri, f"{prefix}/{name}", data, digest)
+            objects.append(StoredObject(name=name, bytes=len(data), sha256=digest))
+        return objects
+
+    def _commit(self, staged: _Staged, objects: list[StoredObject]) -> CheckpointRef:
+        identity = self._identity
+        manifest = CheckpointManifest(
+            job=identity.job,
+            uid=identity.uid,
+            attempt=self._attempt,
+            step=staged.step,
+            samples=staged.samples,
+            seed=identity.seed,
+            virtual_ranks=identity.virtual_ranks,
+            world_size=self._peers.world_size,
+            data_digest=identity.data_digest,
+            config_digest=identity.config_digest,
+            image_digest=identity.image_digest,
+            torch_version=torch.__version__,
+            created=utc_text(self._clock()),
+            objects=tuple(sorted(objects, key=lambda stored: stored.name)),
+            previous=self._previous,
+            extra=staged.scalars,
+        )
+        prefix, digest = checkpoint_prefix(self._uri, staged.step, self._attempt), manifest.digest()
+        for name, text in ((MANIFEST, manifest.to_json()), (COMMIT, digest)):
+            data = memoryview(text.encode())
+            write_once(self._storage, self._uri, f"{prefix}/{name}", data, _sha256(data))
+        return reference(prefix, digest, manifest)
+
+    def _board(self) -> Board:
+        return self._peers.board(f"checkpoint/{self._attempt}")
+
+
+def _sha256(data: memoryview) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _raise_error_of(note: dict[str, Any]) -> None:
+    if "error" in note:
+        raise CheckpointFailedError(note["error"])
