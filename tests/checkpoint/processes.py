@@ -1,4 +1,7 @@
-"""Real writer processes for the tests: `python processes.py MODE JSON`. Forked, so that torch is imported once."""
+"""Real writer processes for the tests: answers requests, one JSON line each, from processes that it forks.
+
+They are forked so that torch is imported once: `python processes.py` reads requests from stdin until it is closed.
+"""
 
 import dataclasses
 import json
@@ -17,14 +20,14 @@ from sonoforge_trainer.storage import Storage, StorageSettings
 
 
 class KilledStorage(Storage):
-    """Storage whose process is killed before or after its n-th write."""
+    """Storage whose process is killed before or after its n-th write of a checkpoint."""
 
     def __init__(self, settings, at, after):
         super().__init__(settings)
         self.at, self.after, self.writes = at, after, 0
 
     def write(self, uri, data, *, if_absent=False):
-        self.writes += 1
+        self.writes += "/step-" in uri
         if self.writes == self.at and not self.after:
             os.kill(os.getpid(), signal.SIGKILL)
         info = super().write(uri, data, if_absent=if_absent)
@@ -54,83 +57,76 @@ def crash_save(settings, uri, step, attempt, at, after):
     raise SystemExit(f"not killed: {result}")
 
 
-def crash(settings, uri, deaths):
-    """For each (step, attempt, at, after) a process that dies; prints how each ended."""
+def crash(answer, settings, uri, deaths):
+    """For each (step, attempt, at, after) a process that dies; answers how each ended."""
     ends = []
     for death in deaths:
         _, status = os.waitpid(forked(crash_save, settings, uri, *death), 0)
         ends.append(os.waitstatus_to_exitcode(status))
-    print(json.dumps(ends))
+    answer(ends)
 
 
 def rank_main(settings, uri, port, rank, world_size, attempt, saves, damage, timeout):
-    """One rank: join, restore, save what is asked, and report as a file."""
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=timedelta(seconds=30))
+    """One rank: join, restore, save what is asked, and report."""
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     peers = Peers(rank, world_size, store)
     storage = Storage(settings)
-    loaded = restore(CheckpointStore(storage, uri, IDENTITY), peers, attempt)
+    try:
+        loaded = restore(CheckpointStore(storage, uri, IDENTITY), peers, attempt)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+        store.set(f"report-{rank}", json.dumps({"raised": f"{type(error).__name__}: {error}"}))
+        return
     report = {
         "restored": loaded and loaded.ref.id,
         "sums": loaded and {name: tensor.double().sum().item() for name, tensor in sorted(loaded.tensors.items())},
     }
     if damage and damage["kind"] == "kill" and damage["rank"] == rank:
         storage = KilledStorage(settings, damage["write"], damage["after"])
-    writer = CheckpointWriter(
-        storage,
-        uri,
-        IDENTITY,
-        attempt,
-        peers,
-        previous=loaded and loaded.ref.manifest_digest,
-        peers_timeout_seconds=timeout,
-    )
-    results = []
+    previous = loaded and loaded.ref.manifest_digest
+    writer = CheckpointWriter(storage, uri, IDENTITY, attempt, peers, previous=previous, peers_timeout_seconds=timeout)
     if damage and damage["kind"] == "ahead" and damage["rank"] == rank:
         writer.save(make_snapshot(damage["step"]))  # which nobody else saves
+    results = []
     for step in saves:
         writer.save(make_snapshot(step))
-        result = writer.wait(60)
-        results.append(
-            result
-            and {
-                "id": result.ref and result.ref.id,
-                "error": result.error and str(result.error),
-                "bytes": result.bytes,
-            }
-        )
-    report["results"] = results
-    store.set(f"report-{rank}", json.dumps(report))
-    dist.destroy_process_group()
+        result = writer.wait(120)
+        results.append({"id": result.ref and result.ref.id, "error": result.error and str(result.error)})
+    store.set(f"report-{rank}", json.dumps({**report, "results": results}))
 
 
-def ranks(settings, uri, world_size, attempt, saves, damage=None, timeouts=None):
-    """A process group of real processes; prints each rank's report (null for one that died)."""
+def ranks(answer, settings, uri, world_size, attempt, saves, damage=None, timeouts=None):
+    """A process group of real processes; answers each rank's report (null for one that died)."""
     master = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
+    timeouts = timeouts or [60] * world_size
     children = [
-        forked(
-            rank_main,
-            settings,
-            uri,
-            master.port,
-            rank,
-            world_size,
-            attempt,
-            saves,
-            damage,
-            (timeouts or [60] * world_size)[rank],
-        )
+        forked(rank_main, settings, uri, master.port, rank, world_size, attempt, saves, damage, timeouts[rank])
         for rank in range(world_size)
     ]
     for child in children:
         os.waitpid(child, 0)
     reports = [f"report-{rank}" for rank in range(world_size)]
-    print(json.dumps([json.loads(master.get(key)) if master.check([key]) else None for key in reports]))
+    answer([json.loads(master.get(key)) if master.check([key]) else None for key in reports])
+
+
+def serve():
+    """Answer requests in forked processes, so that each starts from the same clean one."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # logs of the children go where errors go
+
+    def answer(document):
+        print(json.dumps(document), file=answers, flush=True)
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        function = {"crash": crash, "ranks": ranks}[request.pop("kind")]
+        os.environ.update(request.pop("environment"))
+        settings = dataclasses.replace(StorageSettings.from_env(), **request.pop("settings", {}))
+        _, status = os.waitpid(forked(lambda f=function, s=settings, r=request: f(answer, s, **r)), 0)
+        if status:
+            answer(f"the process that answers ended with {os.waitstatus_to_exitcode(status)}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    arguments = json.loads(sys.argv[2])
-    settings = dataclasses.replace(StorageSettings.from_env(), **arguments.pop("settings", {}))
-    {"crash": crash, "ranks": ranks}[sys.argv[1]](settings, **arguments)
+    serve()

@@ -196,13 +196,47 @@ def test_a_failed_upload_is_reported_and_leaves_the_one_before(gated, snapshot):
         None,
         "the checkpoint of step 2 was not written: the bucket is gone",
     )
-    assert not writer.save(snapshot(2)), "its prefix is used up"
     gated.storage.fault = None
     assert writer.save(snapshot(3))
     third = writer.wait(60).ref
     assert gated.store().committed() == [first, third]
     previous = gated.store().manifest(third.uri, third.manifest_digest).previous
     assert previous == first.manifest_digest
+
+
+def test_a_step_that_failed_can_be_tried_again_and_finishes_what_it_began(folder, snapshot):
+    """The request for COMMIT fails, so that the second try finds all objects there but this one."""
+
+    class LosesCommit(Storage):
+        fail = True
+
+        def write(self, uri, data, *, if_absent=False):
+            if uri.endswith("/COMMIT") and self.fail:
+                raise StorageError("no route")
+            return super().write(uri, data, if_absent=if_absent)
+
+    storage = LosesCommit()
+    writer = dataclasses.replace(folder, storage=storage).writer()
+    writer.save(snapshot(2))
+    assert writer.wait(60).ref is None
+    storage.fail = False
+    assert writer.save(snapshot(2))
+    ref = writer.wait(60).ref
+    assert folder.store().latest_valid() == ref
+
+
+def test_further_files_are_part_of_the_checkpoint(folder, snapshot):
+    writer = folder.writer()
+    writer.save(dataclasses.replace(snapshot(2), files={"metrics.jsonl": b"{}\n"}))
+    ref = writer.wait(60).ref
+    manifest = folder.store().verify(ref)
+    assert [stored.name for stored in manifest.objects] == [
+        "metrics.jsonl",
+        "model-card.json",
+        "state-00000-of-00001.safetensors",
+        "teacher.safetensors",
+    ]
+    assert folder.storage.read(f"{ref.uri}/metrics.jsonl") == b"{}\n"
 
 
 def test_a_failure_that_nobody_collected_is_raised_by_the_next_save(gated, snapshot):
@@ -285,7 +319,7 @@ def test_attempt_identities_are_ulids_that_sort_by_time():
     early = fresh_attempt(datetime(2030, 1, 1, tzinfo=UTC))
     late = fresh_attempt(datetime(2030, 1, 2, tzinfo=UTC))
     assert early < late
-    assert (len(early), early[:10]) == (26, "01X0YM4E00")
+    assert (len(early), early[:10]) == (26, "01Q3DCBD00")
     assert fresh_attempt() != fresh_attempt()
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import click
+import structlog
 
 from sonoforge_trainer.checkpoint.errors import DamagedCheckpointError
 from sonoforge_trainer.checkpoint.pruning import prune as prune_checkpoints
@@ -41,6 +43,8 @@ def _explained(function: Callable[_P, _R]) -> Callable[_P, _R]:
 @click.group()
 def command() -> None:
     """List, verify and prune the checkpoints of a run. URI is its checkpoints.uri (s3:// or file://)."""
+    # stdout is for results. The stream is looked up for every line, because whoever calls may have replaced it.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
 
 
 @command.command("list")
@@ -108,8 +112,8 @@ def verify(uri: str, ids: tuple[str, ...], quarantine: bool) -> None:
 def prune(uri: str, keep: tuple[str, ...], delete: tuple[str, ...]) -> None:
     """Delete the state of checkpoints, after a full read of a newer one that stays.
 
-    Scores (eval/) and model cards stay. Also finishes what an interrupted prune began, and removes prefixes without a
-    COMMIT whose newest object is older than 24 hours.
+    Scores (eval/), logs and model cards stay. Also finishes what an interrupted prune began, and removes prefixes
+    without a COMMIT whose newest object is older than 24 hours.
     """
     store = CheckpointStore(Storage.from_env(), uri)
     pruned = prune_checkpoints(store, now=time.time(), keep=keep or None, delete=delete or None)

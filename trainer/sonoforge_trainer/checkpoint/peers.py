@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined] # torch exports them silently
 
 from sonoforge_trainer.checkpoint.errors import CheckpointFailedError
 from sonoforge_trainer.contract import canonical_json
@@ -29,7 +30,7 @@ class Peers:
     """Number of this process."""
     world_size: int = 1
     """Processes of the run."""
-    store: dist.Store | None = None
+    store: Store | None = None
     """A store that all of them reach, for example that of the default process group."""
     group: dist.ProcessGroup | None = field(default=None, compare=False)
     """Group for broadcasting a restored state as CPU tensors (gloo); not used for saving."""
@@ -41,14 +42,15 @@ class Peers:
     def board(self, name: str) -> Board:
         """A fresh set of keys below `name`, on a connection of its own. Only for more than one process."""
         assert self.store is not None
-        return Board(self, dist.PrefixStore(name, self.store.clone()))
+        return Board(self, name, PrefixStore(name, self.store.clone()))
 
 
 class Board:
     """Notes that the ranks of a run leave for each other. Not safe for several threads at once."""
 
-    def __init__(self, peers: Peers, store: dist.Store) -> None:
+    def __init__(self, peers: Peers, name: str, store: Store) -> None:
         self._peers = peers
+        self._name = name
         self._store = store
 
     def post(self, key: str, note: dict[str, Any]) -> None:
@@ -61,11 +63,11 @@ class Board:
         while True:
             left = deadline - time.monotonic()
             if given_up():
-                raise CheckpointFailedError(f"gave up waiting for {key!r}: this process is leaving")
+                raise CheckpointFailedError(f"gave up waiting for {self._name}/{key}: this process is leaving")
             if left <= 0:
                 raise CheckpointFailedError(
-                    f"rank {self._peers.rank} heard nothing on {key!r} for {timeout_seconds:.0f} s; another process is "
-                    "gone or its upload is stuck"
+                    f"rank {self._peers.rank} heard nothing on {self._name}/{key} for {timeout_seconds:.0f} s; another "
+                    "process is gone or its upload is stuck"
                 )
             try:
                 self._store.wait([key], timedelta(seconds=min(left, _SLICE_SECONDS)))

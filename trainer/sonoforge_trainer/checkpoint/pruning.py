@@ -1,8 +1,8 @@
 """Deleting the state of checkpoints that a plan no longer keeps, and what killed writers left behind.
 
-Only the state goes: the parts, the teacher, the manifest and COMMIT. The model card and everything below `eval/` stay,
-because the table of scores outlives the checkpoints it speaks of. A PRUNED object is written first and holds the
-checkpoint's reference, so that a prune that is killed half-way can be finished by the next one.
+Only the state goes: the parts, the teacher, the manifest and COMMIT. The model card, the logs and everything below
+`eval/` stay, because the record of a run and its scores outlive the checkpoints they speak of. A PRUNED object is
+written first and holds the checkpoint's reference, so that a prune that is killed half-way can be finished by the next.
 
 Multipart uploads that a killed writer left open are invisible here; a lifecycle rule of the bucket removes those.
 """
@@ -16,7 +16,7 @@ import structlog
 
 from sonoforge_trainer.checkpoint.errors import DamagedCheckpointError, UnknownCheckpointError
 from sonoforge_trainer.checkpoint.store import PRUNED, CheckpointStore, Prefix
-from sonoforge_trainer.contract import COMMIT, MANIFEST, MODEL_CARD, QUARANTINE, CheckpointRef
+from sonoforge_trainer.contract import COMMIT, MANIFEST, QUARANTINE, TEACHER, CheckpointRef
 
 SWEEP_AFTER_SECONDS = 24 * 3600.0
 """Age of its newest object at which an uncommitted prefix counts as left behind."""
@@ -109,12 +109,8 @@ def _verify_newer(store: CheckpointStore, committed: list[CheckpointRef], doomed
 
 def _state_objects(prefix: Prefix) -> list[str]:
     """What a prune deletes, in order: COMMIT, so that it stops existing, the manifest, then the parts."""
-    names = [
-        name
-        for name in sorted(prefix.objects)
-        if "/" not in name and name not in (COMMIT, MANIFEST, MODEL_CARD, PRUNED, QUARANTINE)
-    ]
-    return [name for name in (COMMIT, MANIFEST) if name in prefix.objects] + names
+    parts = [name for name in sorted(prefix.objects) if name.startswith("state-") or name == TEACHER]
+    return [name for name in (COMMIT, MANIFEST) if name in prefix.objects] + parts
 
 
 def _sweep(store: CheckpointStore, now: float) -> tuple[str, ...]:

@@ -69,5 +69,5 @@ def _describe(loaded: LoadedCheckpoint | None) -> dict[str, Any]:
 
 def _broadcast(part_u8: Tensor, group: dist.ProcessGroup | None) -> None:
     """Send a file from rank 0 to all, in pieces: a collective's size has limits that files do not have."""
-    for chunk_u8 in part_u8.split(_CHUNK_BYTES):
+    for chunk_u8 in torch.split(part_u8, _CHUNK_BYTES):
         dist.broadcast(chunk_u8, src=0, group=group)

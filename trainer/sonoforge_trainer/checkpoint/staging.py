@@ -19,7 +19,7 @@ class HostBuffer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory_u8 = torch.empty(0, dtype=torch.uint8)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call] # torch's own
 
     def begin(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Start to copy `tensors` into the file that they make; returns the file, uint8 [bytes].

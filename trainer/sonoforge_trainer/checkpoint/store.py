@@ -285,7 +285,7 @@ class CheckpointStore:
         import torch
 
         buffer_u8 = torch.empty(stored.bytes, dtype=torch.uint8)
-        self._read(uri, stored, memoryview(buffer_u8.numpy()))
+        self._read(uri, stored, buffer_u8.numpy().data)
         return buffer_u8
 
 

@@ -101,7 +101,7 @@ def parse(buffer_u8: Tensor) -> dict[str, Tensor]:
     if begin > size:
         raise TensorFileError("the header is longer than the file")
     try:
-        header = json.loads(memoryview(buffer_u8.numpy())[8:begin].tobytes())
+        header = json.loads(buffer_u8.numpy().data[8:begin].tobytes())
         places = {name: _place(entry, begin) for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TensorFileError(f"the header is malformed ({type(error).__name__})") from None

@@ -45,6 +45,9 @@ from sonoforge_trainer.contract import (
 )
 from sonoforge_trainer.storage import Storage
 
+OUTCOME = "outcome"
+"""Key of rank 0's note about how a save ended."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -64,6 +67,8 @@ class Snapshot:
     """What the backbone expects."""
     scalars: Mapping[str, Any] = field(default_factory=dict)
     """Small JSON values of the training state that are not tensors."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Further objects that this rank writes, such as logs up to this step. No two ranks write the same name."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,10 @@ class _Staged:
 
     step: int
     samples: int
+    created: str
     scalars: dict[str, Any]
+    board: str
+    """Where the ranks leave notes about this try."""
     files: Mapping[str, memoryview]
     """What this rank writes, by object name."""
 
@@ -129,7 +137,9 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._step: int | None = None  # of the newest save, which `_failure` says did not work
         self._failure: CheckpointFailedError | None = None
-        self._last_outcome: str | None = None  # key of the newest outcome on the board
+        self._created = ""  # time of that save
+        self._tries: dict[int, int] = {}  # saves of the newest step, so that no try reads the notes of another
+        self._outcome_board: Board | None = None  # where the newest outcome is
         self._leaving = threading.Event()
         self._lock = threading.Lock()
         self._result: SaveResult | None = None  # not yet collected
@@ -141,25 +151,30 @@ class CheckpointWriter:
     def save(self, snapshot: Snapshot) -> bool:
         """Copy the state and start the upload; the tensors may change as soon as this returns.
 
-        False where an upload is in flight: this one is left out and counted. A step is saved once: for the step of the
-        newest save nothing is done, and the answer is whether it is saved or on its way. Raises CheckpointFailedError
-        where the save before failed and its result was not collected.
+        False where an upload is in flight: this one is left out and counted. True also where this step is on its way
+        or was saved last; a step that failed is tried again. Raises CheckpointFailedError where the save before failed
+        and its result was not collected.
         """
-        if snapshot.step == self._step:
-            return self._failure is None
+        if snapshot.step == self._step and self._failure is None:
+            return True
+        tries = self._tries.get(snapshot.step, 0)
+        self._tries = {snapshot.step: tries + 1}
+        board = f"checkpoint/{self._attempt}/{snapshot.step}/{tries}"
         if self.busy():
             self.skip(snapshot.step)
             if self._peers.world_size > 1:
                 note = {"error": f"rank {self._peers.rank} was still uploading the one before"}
-                self._board().post(f"{snapshot.step}/part-{self._peers.rank}", note)
+                self._peers.board(board).post(f"part-{self._peers.rank}", note)
             return False
         uncollected = self.poll()
         if uncollected is not None and uncollected.error is not None:
             raise uncollected.error
         started = time.perf_counter()
-        staged = self._stage(snapshot)
+        # A second try writes the same bytes, so that it can finish what the first one began.
+        created = self._created if snapshot.step == self._step else utc_text(self._clock())
+        staged = self._stage(snapshot, created, board)
         stall_seconds = time.perf_counter() - started
-        self._step, self._failure = snapshot.step, None
+        self._step, self._failure, self._created = snapshot.step, None, created
         self._thread = threading.Thread(
             target=self._run, args=(staged, stall_seconds), name=f"checkpoint-{snapshot.step}", daemon=True
         )
@@ -192,7 +207,7 @@ class CheckpointWriter:
         """Stop waiting for other ranks. An upload that still runs is left behind, uncommitted."""
         self._leaving.set()
 
-    def _stage(self, snapshot: Snapshot) -> _Staged:
+    def _stage(self, snapshot: Snapshot, created: str, board: str) -> _Staged:
         rank, world_size = self._peers.rank, self._peers.world_size
         sizes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in snapshot.tensors.items()}
         teacher_bytes = sum(tensor.numel() * tensor.dtype.itemsize for tensor in snapshot.teacher.values())
@@ -207,10 +222,11 @@ class CheckpointWriter:
             files[TEACHER] = self._teacher_buffer.begin(snapshot.teacher)
         self._state_buffer.finish()
         self._teacher_buffer.finish()
-        views = {name: memoryview(file_u8.numpy()) for name, file_u8 in files.items()}
+        views = {name: file_u8.numpy().data for name, file_u8 in files.items()}
         if rank == 0:
             views[MODEL_CARD] = memoryview(snapshot.card.to_json().encode())
-        return _Staged(snapshot.step, snapshot.samples, scalars, views)
+        views |= {name: memoryview(content) for name, content in snapshot.files.items()}
+        return _Staged(snapshot.step, snapshot.samples, created, scalars, board, views)
 
     def _run(self, staged: _Staged, stall_seconds: float) -> None:
         """The upload thread."""
@@ -238,33 +254,33 @@ class CheckpointWriter:
         return self._upload_first(staged) if self._peers.rank == 0 else self._upload_other(staged)
 
     def _upload_first(self, staged: _Staged) -> CheckpointRef:
-        board, outcome = self._board(), f"{staged.step}/outcome"
+        board = self._peers.board(staged.board)
         try:
             objects = self._write_files(staged)
-            keys = [f"{staged.step}/part-{rank}" for rank in range(1, self._peers.world_size)]
+            keys = [f"part-{rank}" for rank in range(1, self._peers.world_size)]
             for note in board.read_all(keys, self._timeout_seconds, self._leaving.is_set):
                 _raise_error_of(note)
                 objects += [StoredObject.parse(stored) for stored in note["objects"]]
             ref = self._commit(staged, objects)
         except Exception as error:
-            board.post(outcome, {"error": str(error)})
+            board.post(OUTCOME, {"error": str(error)})
             raise
-        board.post(outcome, {"ref": ref.document()})
+        board.post(OUTCOME, {"ref": ref.document()})
         # All parts of this checkpoint are in, so every rank has read the outcome of the one before.
-        if self._last_outcome is not None:
-            board.erase(self._last_outcome)
-        self._last_outcome = outcome
+        if self._outcome_board is not None:
+            self._outcome_board.erase(OUTCOME)
+        self._outcome_board = board
         return ref
 
     def _upload_other(self, staged: _Staged) -> CheckpointRef:
-        board, key = self._board(), f"{staged.step}/part-{self._peers.rank}"
+        board, key = self._peers.board(staged.board), f"part-{self._peers.rank}"
         try:
             objects = self._write_files(staged)
         except Exception as error:
             board.post(key, {"error": f"rank {self._peers.rank}: {error}"})
             raise
         board.post(key, {"objects": [stored.document() for stored in objects]})
-        note = board.read(f"{staged.step}/outcome", self._timeout_seconds, self._leaving.is_set)
+        note = board.read(OUTCOME, self._timeout_seconds, self._leaving.is_set)
         board.erase(key)
         _raise_error_of(note)
         return CheckpointRef.parse(note["ref"])
@@ -293,7 +309,7 @@ class CheckpointWriter:
             config_digest=identity.config_digest,
             image_digest=identity.image_digest,
             torch_version=torch.__version__,
-            created=utc_text(self._clock()),
+            created=staged.created,
             objects=tuple(sorted(objects, key=lambda stored: stored.name)),
             previous=self._previous,
             extra=staged.scalars,
@@ -303,9 +319,6 @@ class CheckpointWriter:
             data = memoryview(text.encode())
             write_once(self._storage, self._uri, f"{prefix}/{name}", data, _sha256(data))
         return reference(prefix, digest, manifest)
-
-    def _board(self) -> Board:
-        return self._peers.board(f"checkpoint/{self._attempt}")
 
 
 def _sha256(data: memoryview) -> str:
