@@ -29,12 +29,14 @@ class _Key(np.random.bit_generator.ISeedSequence):
 def raw(count: int, seed: int, purpose: str, *key: int) -> NDArray[np.uint64]:
     """`count` uniform 64-bit integers for (seed, purpose, key)."""
     digest = hashlib.blake2b(struct.pack(f"<{1 + len(key)}q", seed, *key), person=purpose.encode(), digest_size=16)
-    return np.random.Philox(_Key(digest.digest())).random_raw(count)
+    generator = np.random.Philox(_Key(digest.digest()))  # type: ignore[arg-type]  # the stubs forget ISeedSequence
+    return generator.random_raw(count)
 
 
 def uniforms(count: int, seed: int, purpose: str, *key: int) -> NDArray[np.float64]:
     """`count` numbers uniform in [0, 1) for (seed, purpose, key), multiples of 2^-53."""
-    return (raw(count, seed, purpose, *key) >> np.uint64(11)) * 2.0**-53
+    numbers: NDArray[np.float64] = (raw(count, seed, purpose, *key) >> np.uint64(11)).astype(np.float64)
+    return numbers * 2.0**-53
 
 
 def permutation(count: int, seed: int, purpose: str, *key: int) -> NDArray[np.int64]:

@@ -33,7 +33,7 @@ class Piece(NamedTuple):
     epoch: int
     first: int
     """Position in the segment."""
-    count: int
+    places: int
 
 
 class Order:
@@ -238,8 +238,8 @@ class Order:
 
     def _assemble(self, step: int, rank: int) -> tuple[Ints, Ints, NDArray[np.bool_]]:
         pieces = self._pieces(step, rank)
-        ordinals_b = np.concatenate([self._segment(p.epoch, rank)[1][p.first : p.first + p.count] for p in pieces])
-        epochs_b = np.repeat([p.epoch for p in pieces], [p.count for p in pieces])
+        ordinals_b = np.concatenate([self._segment(p.epoch, rank)[1][p.first : p.first + p.places] for p in pieces])
+        epochs_b = np.repeat([p.epoch for p in pieces], [p.places for p in pieces])
         # Clips come twice only where more than two segments meet, in a data set of a few micro-batches.
         clips_b = np.where(ordinals_b >= 0, self._clips_n[ordinals_b], -1)
         substituted_b = np.ones(len(clips_b), dtype=bool)
