@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sonoforge_trainer.contract.config import OptimConfig
-from sonoforge_trainer.optim import AdamW, Layout, clip, update_rule, update_teacher
+from sonoforge_trainer.optim import AdamW, Layout, clip, flat_norm, update_rule, update_teacher
 from sonoforge_trainer.schedule import ScheduleValues
 
 FINITE = torch.tensor(True)
@@ -181,3 +181,8 @@ def test_clipping_equals_torch_for_one_module():
     clip(layout, gradients, 3.0, "module")
     nn.utils.clip_grad_norm_([parameter], 3.0)
     torch.testing.assert_close(gradients[:1000], parameter.grad, rtol=1e-6, atol=0)
+
+
+def test_the_norm_of_many_elements_is_exact():
+    flat = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+    assert flat_norm(flat).item() == pytest.approx(flat.double().norm().item(), rel=1e-7)
