@@ -1,10 +1,11 @@
 """Damaged checkpoints are set aside, and the newest sound one is used."""
 
+import hashlib
 import json
 
 import pytest
 
-from sonoforge_trainer.checkpoint import AllCheckpointsDamagedError, DamagedCheckpointError
+from sonoforge_trainer.checkpoint import AllCheckpointsDamagedError, CheckpointStore, DamagedCheckpointError
 from sonoforge_trainer.storage import Storage, StorageError
 
 STATE = "state-00000-of-00001.safetensors"
@@ -85,8 +86,6 @@ def test_a_manifest_copied_from_another_step_is_not_believed(folder):
 
 
 def test_a_manifest_cannot_name_objects_outside_its_prefix(folder):
-    import hashlib
-
     (ref,) = folder.save(1)
     document = json.loads(folder.storage.read(f"{ref.uri}/manifest.json"))
     document["objects"].append({**document["objects"][0], "name": "../../../secret"})
@@ -142,8 +141,6 @@ class UnreachableStorage(Storage):
 
 
 def test_a_server_that_does_not_answer_is_no_reason_to_quarantine(folder):
-    from sonoforge_trainer.checkpoint import CheckpointStore
-
     folder.save(1, 2)
     with pytest.raises(StorageError, match="connection refused"):
         CheckpointStore(UnreachableStorage(), folder.uri).load_latest()

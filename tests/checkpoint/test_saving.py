@@ -227,16 +227,39 @@ def test_a_step_that_failed_can_be_tried_again_and_finishes_what_it_began(folder
 
 def test_further_files_are_part_of_the_checkpoint(folder, snapshot):
     writer = folder.writer()
-    writer.save(dataclasses.replace(snapshot(2), files={"metrics.jsonl": b"{}\n"}))
+    writer.save(dataclasses.replace(snapshot(2), files={"metrics.jsonl": b"{}\n", "samples.jsonl": b""}))
     ref = writer.wait(60).ref
     manifest = folder.store().verify(ref)
     assert [stored.name for stored in manifest.objects] == [
         "metrics.jsonl",
         "model-card.json",
+        "samples.jsonl",
         "state-00000-of-00001.safetensors",
         "teacher.safetensors",
     ]
     assert folder.storage.read(f"{ref.uri}/metrics.jsonl") == b"{}\n"
+
+
+@pytest.mark.parametrize("name", ["eval/planes.json", "COMMIT", "..", "", "state-00000-of-00001.safetensors"])
+def test_a_file_with_a_name_that_means_something_else_is_refused_at_once(folder, snapshot, name):
+    writer = folder.writer()
+    with pytest.raises(ValueError, match="cannot be a part of a checkpoint"):
+        writer.save(dataclasses.replace(snapshot(2), files={name: b"x"}))
+    assert (writer.busy(), folder.names()) == (False, [])
+
+
+def test_an_attempt_that_would_make_checkpoints_invisible_is_refused(folder):
+    with pytest.raises(ValueError, match="letters and digits only"):
+        folder.writer("attempt-1")
+
+
+def test_results_wait_until_they_are_collected(folder, snapshot):
+    writer = folder.writer()
+    for step in (1, 2):
+        writer.save(snapshot(step))
+        while writer.busy():
+            time.sleep(0.01)
+    assert [writer.poll().step, writer.poll().step, writer.poll()] == [1, 2, None]
 
 
 def test_a_failure_that_nobody_collected_is_raised_by_the_next_save(gated, snapshot):

@@ -115,3 +115,19 @@ def test_tensors_are_dealt_by_bytes_and_rank_0_gets_less_for_writing_the_teacher
 
 def test_more_ranks_than_tensors_leaves_some_with_nothing():
     assert deal({"a": 1, "b": 2}, 3) == (("b",), ("a",), ())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device to copy from")
+def test_staging_from_a_gpu_sees_all_work_queued_before_and_none_after():
+    weight = torch.zeros(1 << 22, device="cuda")
+    for _ in range(100):
+        weight += 1
+    buffer = HostBuffer(weight.device)
+    file_u8 = buffer.begin({"weight": weight, "steps": torch.tensor(3)})
+    buffer.finish()
+    weight.zero_()
+    torch.cuda.synchronize()
+    assert file_u8.is_pinned()
+    parsed = parse(file_u8)
+    assert parsed["weight"].unique().tolist() == [100.0]
+    assert parsed["steps"].item() == 3

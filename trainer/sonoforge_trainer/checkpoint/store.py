@@ -158,7 +158,11 @@ class CheckpointStore:
         return reference(prefix.uri, digest, manifest), manifest
 
     def verify(self, ref: CheckpointRef) -> CheckpointManifest:
-        """Read every object of a checkpoint and compare digests. Raises DamagedCheckpointError."""
+        """Read every object of a checkpoint, whatever was read before, and compare digests.
+
+        Raises DamagedCheckpointError.
+        """
+        self._manifests.pop(ref.uri, None)
         manifest = self.manifest(ref.uri, ref.manifest_digest)
         for stored in manifest.objects:
             self._read(ref.uri, stored, memoryview(bytearray(stored.bytes)))
@@ -268,11 +272,8 @@ class CheckpointStore:
             raise DamagedCheckpointError(uri, f"an object is missing: {error}") from None
         except ContractError as error:
             raise DamagedCheckpointError(uri, str(error)) from None
-        names = [stored.name for stored in manifest.objects]
-        if any("/" in name or name in ("", ".", "..") for name in names) or len(set(names)) != len(names):
-            raise DamagedCheckpointError(uri, f"{MANIFEST} lists objects outside its prefix, or twice")
-        if not {TEACHER, MODEL_CARD} <= set(names) or not any(name.startswith("state-") for name in names):
-            raise DamagedCheckpointError(uri, f"{MANIFEST} does not list a state, {TEACHER} and {MODEL_CARD}")
+        if fault := manifest_fault(manifest):
+            raise DamagedCheckpointError(uri, fault)
         return digest, manifest
 
     def _read(self, uri: str, stored: StoredObject, buffer: memoryview) -> None:
@@ -287,6 +288,18 @@ class CheckpointStore:
         buffer_u8 = torch.empty(stored.bytes, dtype=torch.uint8)
         self._read(uri, stored, buffer_u8.numpy().data)
         return buffer_u8
+
+
+def manifest_fault(manifest: CheckpointManifest) -> str | None:
+    """Why the objects that a manifest lists cannot be a checkpoint's, or None."""
+    names = [stored.name for stored in manifest.objects]
+    if any("/" in name or name in ("", ".", "..", MANIFEST, COMMIT, QUARANTINE, PRUNED) for name in names):
+        return f"{MANIFEST} lists an object that is not a part of a checkpoint"
+    if len(set(names)) != len(names):
+        return f"{MANIFEST} lists an object twice"
+    if not {TEACHER, MODEL_CARD} <= set(names) or not any(name.startswith("state-") for name in names):
+        return f"{MANIFEST} does not list a state, {TEACHER} and {MODEL_CARD}"
+    return None
 
 
 def reference(uri: str, digest: str, manifest: CheckpointManifest) -> CheckpointRef:

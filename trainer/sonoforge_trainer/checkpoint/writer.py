@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,12 +31,13 @@ from sonoforge_trainer.checkpoint.identity import RunIdentity, utc_text
 from sonoforge_trainer.checkpoint.once import write_once
 from sonoforge_trainer.checkpoint.peers import Board, Peers
 from sonoforge_trainer.checkpoint.staging import HostBuffer
-from sonoforge_trainer.checkpoint.store import reference
+from sonoforge_trainer.checkpoint.store import PRUNED, manifest_fault, reference
 from sonoforge_trainer.checkpoint.tensorfile import deal
 from sonoforge_trainer.contract import (
     COMMIT,
     MANIFEST,
     MODEL_CARD,
+    QUARANTINE,
     TEACHER,
     CheckpointManifest,
     CheckpointRef,
@@ -42,12 +45,15 @@ from sonoforge_trainer.contract import (
     StoredObject,
     canonical_json,
     checkpoint_prefix,
+    parse_prefix,
 )
 from sonoforge_trainer.storage import Storage
 
 OUTCOME = "outcome"
 """Key of rank 0's note about how a save ended."""
 
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_RESERVED = frozenset({MANIFEST, COMMIT, MODEL_CARD, TEACHER, QUARANTINE, PRUNED})
 _log = structlog.get_logger(__name__)
 
 
@@ -122,6 +128,8 @@ class CheckpointWriter:
         peers_timeout_seconds: float = 900.0,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        if parse_prefix(checkpoint_prefix(uri, 0, attempt)) != (0, attempt):
+            raise ValueError(f"attempt {attempt!r} cannot be part of a prefix; use letters and digits only")
         self.skipped = 0
         """Checkpoints left out because the one before was still uploading."""
         self._storage = storage
@@ -141,8 +149,7 @@ class CheckpointWriter:
         self._tries: dict[int, int] = {}  # saves of the newest step, so that no try reads the notes of another
         self._outcome_board: Board | None = None  # where the newest outcome is
         self._leaving = threading.Event()
-        self._lock = threading.Lock()
-        self._result: SaveResult | None = None  # not yet collected
+        self._results: deque[SaveResult] = deque()  # not yet collected, oldest first
 
     def busy(self) -> bool:
         """A checkpoint is still uploading. For the step's flags."""
@@ -157,18 +164,19 @@ class CheckpointWriter:
         """
         if snapshot.step == self._step and self._failure is None:
             return True
+        busy = self.busy()
+        if not busy and self._failure is not None and self._results:
+            self._results.pop()
+            raise self._failure
         tries = self._tries.get(snapshot.step, 0)
         self._tries = {snapshot.step: tries + 1}
         board = f"checkpoint/{self._attempt}/{snapshot.step}/{tries}"
-        if self.busy():
+        if busy:
             self.skip(snapshot.step)
             if self._peers.world_size > 1:
                 note = {"error": f"rank {self._peers.rank} was still uploading the one before"}
                 self._peers.board(board).post(f"part-{self._peers.rank}", note)
             return False
-        uncollected = self.poll()
-        if uncollected is not None and uncollected.error is not None:
-            raise uncollected.error
         started = time.perf_counter()
         # A second try writes the same bytes, so that it can finish what the first one began.
         created = self._created if snapshot.step == self._step else utc_text(self._clock())
@@ -187,10 +195,8 @@ class CheckpointWriter:
         _log.warning("checkpoint skipped: the one before is still uploading", step=step, skipped=self.skipped)
 
     def poll(self) -> SaveResult | None:
-        """The result of the newest save, once, when it has ended. Never blocks."""
-        with self._lock:
-            result, self._result = self._result, None
-        return result
+        """The oldest result that was not collected yet, or None. Never blocks."""
+        return self._results.popleft() if self._results else None
 
     def wait(self, timeout_seconds: float) -> SaveResult | None:
         """Wait for the upload in flight, then as `poll`. Raises CheckpointTimeoutError when time is over."""
@@ -225,7 +231,10 @@ class CheckpointWriter:
         views = {name: file_u8.numpy().data for name, file_u8 in files.items()}
         if rank == 0:
             views[MODEL_CARD] = memoryview(snapshot.card.to_json().encode())
-        views |= {name: memoryview(content) for name, content in snapshot.files.items()}
+        for name, content in snapshot.files.items():
+            if name in _RESERVED or name in views or not _FILE_NAME.fullmatch(name):
+                raise ValueError(f"a file named {name!r} cannot be a part of a checkpoint; use another name")
+            views[name] = memoryview(content)
         return _Staged(snapshot.step, snapshot.samples, created, scalars, board, views)
 
     def _run(self, staged: _Staged, stall_seconds: float) -> None:
@@ -243,9 +252,8 @@ class CheckpointWriter:
         if ref is not None:
             self._previous = ref.manifest_digest
             _log.info("checkpoint committed", id=ref.id, stall_seconds=stall_seconds, upload_seconds=seconds)
-        with self._lock:
-            self._failure = failure
-            self._result = SaveResult(staged.step, ref, failure, stall_seconds, seconds, written)
+        self._failure = failure
+        self._results.append(SaveResult(staged.step, ref, failure, stall_seconds, seconds, written))
 
     def _upload(self, staged: _Staged) -> CheckpointRef:
         """Write this rank's objects, and see the checkpoint committed."""
@@ -290,7 +298,7 @@ class CheckpointWriter:
         objects = []
         for name, data in staged.files.items():
             digest = _sha256(data)
-            write_once(self._storage, self._uri, f"{prefix}/{name}", data, digest)
+            write_once(self._storage, f"{prefix}/{name}", data, digest)
             objects.append(StoredObject(name=name, bytes=len(data), sha256=digest))
         return objects
 
@@ -314,10 +322,12 @@ class CheckpointWriter:
             previous=self._previous,
             extra=staged.scalars,
         )
+        if fault := manifest_fault(manifest):
+            raise CheckpointFailedError(fault)
         prefix, digest = checkpoint_prefix(self._uri, staged.step, self._attempt), manifest.digest()
         for name, text in ((MANIFEST, manifest.to_json()), (COMMIT, digest)):
             data = memoryview(text.encode())
-            write_once(self._storage, self._uri, f"{prefix}/{name}", data, _sha256(data))
+            write_once(self._storage, f"{prefix}/{name}", data, _sha256(data))
         return reference(prefix, digest, manifest)
 
 
