@@ -3,8 +3,8 @@
 What is done to each kind of file:
 
 * baseline 8-bit JPEG, gray or colour, and 8-bit gray or RGB PNG: the compressed pixels are kept, metadata is dropped
-* other JPEG (progressive, CMYK, turned by EXIF): decoded and written as JPEG of quality 95
-* everything else of one frame (TIFF, BMP, GIF, WebP, PGM, palette, 1 bit, 16 bit, alpha): decoded and written as PNG
+* other JPEG (progressive, CMYK, turned by EXIF) and WebP: decoded and written as JPEG of quality 95
+* everything else of one frame (TIFF, BMP, GIF, PGM, palette, 1 bit, 16 bit, alpha): decoded and written as PNG
 * palettes are applied; alpha is laid over black; equal channels become gray; an EXIF orientation is applied
 * more than 8 bits: see `Window`
 * several frames, broken, truncated, huge or unknown files: refused
@@ -96,6 +96,8 @@ class Picture:
 def picture(data: bytes, rule: ImageRule) -> Picture:
     """Turn the bytes of a file into an image member. Raises ImageError."""
     image = _open(data)
+    if image.format != "JPEG":  # a JPEG is decoded below, without its metadata; the others can hold EXIF at their end
+        _load(image)
     orientation = _orientation(image)
     if orientation == 1 and image.mode in ("L", "RGB"):
         kept = _kept(image, data, rule)
@@ -205,7 +207,8 @@ def _kept(image: Image.Image, data: bytes, rule: ImageRule) -> Picture | None:
         return None
     if plain is None:
         return None
-    _load(_open(plain))
+    if image.format == "JPEG":
+        _load(_open(plain))
     return Picture(plain, extension, image.width, image.height)
 
 
