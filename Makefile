@@ -43,7 +43,7 @@ real: $(VENV)/ready ## The main job on the real ultrasound images beside the che
 
 .PHONY: chaos
 chaos: $(VENV)/ready ## 50 random kills of every process of a run, by seed, and the recovery times
-	$(BIN)/python demo/chaos.py
+	$(BIN)/python benchmarks/chaos.py
 
 .PHONY: lock
 lock: $(VENV)/ready ## Compile the lock files again, with hashes and without index addresses

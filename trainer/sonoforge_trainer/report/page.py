@@ -14,8 +14,6 @@ import jinja2
 import structlog
 
 from sonoforge_trainer.contract import (
-    MANIFEST,
-    CheckpointManifest,
     CheckpointSummary,
     ContractError,
     EvaluationResult,
@@ -91,16 +89,15 @@ def render(summary: RunSummary, storage: Storage) -> str:
 
 
 def metric_records(summary: RunSummary, storage: Storage) -> list[dict[str, Any]]:
-    """Every metric record that was committed with a checkpoint, in order of steps, each step once."""
+    """Every metric record that was committed with a checkpoint, in order of steps, each step once.
+
+    Retention deletes states and manifests, and leaves the logs.
+    """
     by_step: dict[int, dict[str, Any]] = {}
     for checkpoint in summary.checkpoints:
         try:
-            manifest = CheckpointManifest.from_json(storage.read(f"{checkpoint.ref.uri}/{MANIFEST}"))
-            stored = next((o for o in manifest.objects if o.name == METRICS), None)
-            if stored is None:
-                continue
-            text = storage.read(f"{checkpoint.ref.uri}/{METRICS}", sha256=stored.sha256)
-        except (StorageError, ContractError) as error:
+            text = storage.read(f"{checkpoint.ref.uri}/{METRICS}")
+        except StorageError as error:
             log.warning("report.metrics_missing", checkpoint=checkpoint.ref.id, reason=type(error).__name__)
             continue
         for line in text.splitlines():

@@ -1,0 +1,337 @@
+"""Kill processes of a run at random, by seed, and compare what it learned from with an undisturbed run.
+
+    python benchmarks/chaos.py --kills 50 --seed 0
+
+Two runs of one job, same data and seed: one is left alone, the other loses a worker, an agent, the coordinator or the
+runner to SIGKILL again and again. Both must end with the same sample log and the same schedules, losses within the
+tolerance, and every checkpoint evaluated once. Prints the seconds from each kill to the next step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sonoforge_operator.local import Endpoints
+from sonoforge_operator.status import JobStatus
+from sonoforge_trainer.contract import Progress
+
+KINDS = ("worker", "agent", "coordinator", "runner")
+LOSS_TOLERANCE = 2e-3
+"""Largest relative difference of the logged loss between two runs, over the whole run (fp32 on CPU)."""
+
+JOB = """
+apiVersion: sonoforge.dev/v1alpha1
+kind: PretrainJob
+metadata: {{name: {name}}}
+spec:
+  runtimeRef: {{name: cpu}}
+  training:
+    model: {{depth: 2}}
+    data: {{shards: "{data}/train/shards.json"}}
+    recipe:
+      preset: tiny
+      budgetSamples: {budget}
+      globalBatch: 16
+      virtualRanks: 4
+      head: {{prototypes: 256}}
+      crops: {{globalSize: 32, localSize: 16, localCount: 2}}
+  workers: {{minNodes: 1, maxNodes: {nodes}}}
+  checkpoints: {{uri: "{data}/runs/{name}", everySamples: {every}, keepLast: 1000}}
+  evaluation: {{suiteRef: {{name: tiny}}, bestBy: tiny-knn/f1_macro}}
+---
+apiVersion: sonoforge.dev/v1alpha1
+kind: PretrainRuntime
+metadata: {{name: cpu}}
+spec: {{execution: {{device: cpu, loaderWorkers: 0, recordSamples: true, logEverySteps: 1}}}}
+---
+apiVersion: sonoforge.dev/v1alpha1
+kind: EvalSuite
+metadata: {{name: tiny}}
+spec:
+  evaluations:
+    - {{name: tiny, shards: "{data}/eval/shards.json", protocols: [knn], bootstrap: 0}}
+"""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill and what followed."""
+
+    kind: str
+    step: int
+    seconds: float
+    """From the kill to the end of the next step."""
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    status: JobStatus
+    samples: dict[tuple[int, int], list[str]]
+    """Keyed hashes of the samples, by (step, virtual rank)."""
+    metrics: dict[int, dict[str, Any]]
+    """Metric record by step."""
+    kills: list[Kill] = field(default_factory=list)
+
+
+def make_data(folder: Path) -> None:
+    """Phantoms to train on and to evaluate with."""
+    for name, splits, count in (("train", "1,0,0", 240), ("eval", "0.5,0.2,0.3", 120)):
+        _sonoforge(
+            *("synth", "--output", str(folder / name), "--name", name, "--count", str(count)),
+            *("--size", "48", "--splits", splits, "--shard-samples", "40", "--frames", "2"),
+        )
+
+
+def write_job(folder: Path, name: str, *, steps: int, nodes: int, every: int = 8) -> Path:
+    """A job file on the data in `folder`. The same hash key for every job, so that sample logs can be compared."""
+    path = folder / f"{name}.yaml"
+    data = f"file://{folder}"
+    path.write_text(JOB.format(name=name, data=data, budget=steps * 16, every=every * 16, nodes=nodes))
+    state = folder / "state" / name
+    state.mkdir(parents=True, exist_ok=True)
+    (state / "hash.key").write_text("ab" * 32)
+    return path
+
+
+class LocalRun:
+    """A `sonoforge run` that is started again whenever it was killed."""
+
+    def __init__(self, job: Path) -> None:
+        self.job = job
+        self.state = job.parent / "state" / job.stem
+        self.runner = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with (self.state / "runner.log").open("ab") as log:
+            command = ["run", str(self.job), "--state", str(self.state), "--quiet"]
+            return subprocess.Popen(
+                [sys.executable, "-m", "sonoforge_trainer", *command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def revive(self) -> None:
+        """Start the runner again if it was killed."""
+        if self.runner.poll() == -signal.SIGKILL:
+            self.runner = self._start()
+
+    def progress(self) -> Progress | None:
+        """What the coordinator says, or None."""
+        path = self.state / "coordinator.json"
+        if not path.exists():
+            return None
+        where = Endpoints.from_json(path.read_text())
+        request = urllib.request.Request(
+            f"http://{where.host}:{where.http_port}/progress",
+            headers={"Authorization": f"Bearer {(self.state / 'token').read_text()}"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=2) as answer:
+                return Progress.from_json(answer.read())
+        except (urllib.error.URLError, OSError):
+            return None
+
+    def pids(self, kind: str) -> list[int]:
+        """Process ids of a kind."""
+        if kind == "runner":
+            return [self.runner.pid]
+        prefix = {"worker": "worker-", "agent": "worker-", "coordinator": "coordinator-"}[kind]
+        agents = []
+        for path in (self.state / "children").glob(f"{prefix}*.pid"):
+            text = path.read_text().strip()
+            if text.isdigit() and psutil.pid_exists(int(text)):
+                agents.append(int(text))
+        if kind != "worker":
+            return agents
+        found = []
+        for agent in agents:
+            try:
+                found += [p.pid for p in psutil.Process(agent).children(recursive=True) if _is_worker(p)]
+            except psutil.Error:
+                continue
+        return found
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
+        """Wait for a condition, keeping the runner alive."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            self.revive()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.job.stem}: nothing within {seconds:.0f} s\n{self.tail()}")
+            time.sleep(0.05)
+
+    def finish(self, seconds: float) -> int:
+        """Wait for the end of the job. Returns the runner's exit code."""
+        self.wait(lambda: self.runner.poll() not in (None, -signal.SIGKILL), seconds)
+        return self.runner.wait()
+
+    def tail(self) -> str:
+        """The end of the runner's log."""
+        return "\n".join((self.state / "runner.log").read_text().splitlines()[-15:])
+
+    def outcome(self, kills: list[Kill] | None = None) -> Outcome:
+        """Read back what the run committed."""
+        status = JobStatus.from_json((self.state / "status.json").read_text())
+        samples: dict[tuple[int, int], list[str]] = {}
+        metrics: dict[int, dict[str, Any]] = {}
+        for checkpoint in status.checkpoints:
+            folder = Path(checkpoint.ref.uri.removeprefix("file://"))
+            for path in sorted(folder.glob("samples-*.jsonl")):
+                for line in path.read_text().splitlines():
+                    record = json.loads(line)
+                    samples[record["step"], record["vrank"]] = record["samples"]
+            for line in (folder / "metrics.jsonl").read_text().splitlines():
+                record = json.loads(line)
+                metrics[record["step"]] = record
+        return Outcome(status, samples, metrics, kills or [])
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """Whether a process trains: it has a rank in its environment and is not an agent or the fork server."""
+    try:
+        return "RANK" in process.environ() and not process.children()
+    except psutil.Error:
+        return False
+
+
+def disturb(run: LocalRun, *, kills: int, seed: int) -> list[Kill]:
+    """Kill random processes, each time after the run stepped again."""
+    draw = random.Random(seed)
+    done: list[Kill] = []
+    while len(done) < kills:
+        run.wait(lambda: _stepping(run, since=0.0))
+        time.sleep(draw.uniform(0.0, 2.0))  # any moment of a step, a checkpoint, an evaluation
+        if run.runner.poll() not in (None, -signal.SIGKILL):
+            break
+        kind = draw.choice(KINDS)
+        targets = run.pids(kind)
+        if not targets:
+            continue
+        progress = run.progress()
+        killed = time.time()
+        os.kill(draw.choice(sorted(targets)), signal.SIGKILL)
+        run.wait(lambda since=killed: _stepping(run, since=since) or _over(run))
+        after = run.progress()
+        seconds = (after.step_time if after and after.step_time > killed else time.time()) - killed
+        done.append(Kill(kind, progress.step if progress else 0, seconds))
+        print(f"kill {len(done)}/{kills}: {kind} at step {done[-1].step}, next step after {seconds:.1f} s", flush=True)
+    return done
+
+
+def _stepping(run: LocalRun, since: float) -> bool:
+    progress = run.progress()
+    return progress is not None and progress.step_time > since and progress.step > 0
+
+
+def _over(run: LocalRun) -> bool:
+    return run.runner.poll() not in (None, -signal.SIGKILL)
+
+
+def differences(one: Outcome, other: Outcome) -> list[str]:
+    """What differs between two runs that should be equal; empty where nothing does."""
+    found = []
+    if one.samples != other.samples:
+        places = sorted(one.samples.keys() | other.samples.keys())
+        wrong = [k for k in places if one.samples.get(k) != other.samples.get(k)]
+        found.append(f"sample logs differ at {len(wrong)} places, first {wrong[:3]}")
+    found += [
+        f"schedules differ: {name}"
+        for name in ("lr", "weight_decay", "teacher_momentum", "teacher_temperature")
+        if {s: r[name] for s, r in one.metrics.items()} != {s: r[name] for s, r in other.metrics.items()}
+    ]
+    if one.metrics.keys() != other.metrics.keys():
+        found.append("metric logs have different steps")
+    worst = loss_difference(one, other)
+    if worst > LOSS_TOLERANCE:
+        found.append(f"losses differ by {worst:.2e}, more than {LOSS_TOLERANCE:.0e}")
+    for outcome in (one, other):
+        if outcome.status.phase != "Succeeded":
+            found.append(f"a run ended as {outcome.status.phase}")
+        for checkpoint in outcome.status.checkpoints:
+            if [e.phase for e in checkpoint.evaluations] != ["Succeeded"]:
+                found.append(f"{checkpoint.ref.id} was not evaluated")
+            results = list(Path(checkpoint.ref.uri.removeprefix("file://")).glob("eval/*.json"))
+            if len(results) != 1:
+                found.append(f"{checkpoint.ref.id} has {len(results)} results")
+    return found
+
+
+def loss_difference(one: Outcome, other: Outcome) -> float:
+    """Largest relative difference of the loss at any step."""
+    steps = one.metrics.keys() & other.metrics.keys()
+    return max((abs(one.metrics[s]["loss"] / other.metrics[s]["loss"] - 1) for s in steps), default=0.0)
+
+
+def epochs_are_whole(outcome: Outcome, count: int) -> bool:
+    """Whether no sample was seen a second time before nearly all were seen once: counts differ by one epoch at most."""
+    seen: dict[str, int] = defaultdict(int)
+    for names in outcome.samples.values():
+        for name in names:
+            seen[name] += 1
+    return len(seen) <= count and max(seen.values()) - (min(seen.values()) if len(seen) == count else 0) <= 2
+
+
+def table(kills: list[Kill]) -> str:
+    """Recovery by kind, in Markdown."""
+    rows = ["| killed | times | median s | worst s |", "|---|---|---|---|"]
+    for kind in (*KINDS, "any"):
+        seconds = [k.seconds for k in kills if kind in (k.kind, "any")]
+        if seconds:
+            rows.append(f"| {kind} | {len(seconds)} | {statistics.median(seconds):.1f} | {max(seconds):.1f} |")
+    return "\n".join(rows)
+
+
+def _sonoforge(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "sonoforge_trainer", *arguments], check=True, capture_output=True)
+
+
+def main() -> int:
+    """Run both jobs and print the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--nodes", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="sonoforge-chaos-") as name:
+        folder = Path(name)
+        make_data(folder)
+        calm = LocalRun(write_job(folder, "calm", steps=options.steps, nodes=1, every=50))
+        calm.finish(3600)
+        wild = LocalRun(write_job(folder, "wild", steps=options.steps, nodes=options.nodes, every=50))
+        kills = disturb(wild, kills=options.kills, seed=options.seed)
+        wild.finish(3600)
+        one, other = calm.outcome(), wild.outcome(kills)
+        found = differences(one, other)
+    print(table(kills))
+    print(f"restarts: {other.status.restarts}; steps done again: {other.status.lost_steps}")
+    print(f"checkpoints: {len(other.status.checkpoints)}")
+    print(f"largest relative loss difference: {loss_difference(one, other):.1e}")
+    for difference in found:
+        print(f"DIFFERENT: {difference}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
