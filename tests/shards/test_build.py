@@ -16,8 +16,12 @@ import webdataset
 from click.testing import Result
 
 from sonoforge_trainer.redact import KeyHasher
+from sonoforge_trainer.shards.build import BuildRule, DataSetCard, Rendered, build
 from sonoforge_trainer.shards.cli import command
+from sonoforge_trainer.shards.faults import SourceError
+from sonoforge_trainer.shards.plan import PlanRule, arrange
 from sonoforge_trainer.shards.reader import iterate, read_manifest
+from sonoforge_trainer.shards.sources import Row
 from sonoforge_trainer.storage import Storage
 
 Call = Callable[..., Result]
@@ -153,6 +157,37 @@ def test_a_repaired_image_makes_its_shard_anew_and_keeps_the_others(
     assert repaired.output.count(", kept") == 3
 
 
+def test_names_that_are_not_utf8_are_read_and_hashed(folder: Folder, tmp_path: Path, call: Call) -> None:
+    root = folder(["1.jpg", "2.jpg"])
+    try:
+        (root / "1.jpg").rename(root / os.fsdecode(b"m\xfcller.jpg"))
+    except OSError:
+        pytest.skip("this file system has no names that are not UTF-8")
+    (root / "2.jpg").write_bytes(b"no image")
+    report = tmp_path / "rejected.csv"
+    result = call(
+        command, "build", "--images", root, "--on-error", "skip", "--report", report, "--output", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.output
+    assert "1 samples in 1 shards" in result.output
+
+
+def test_a_build_that_lost_its_place_to_another_does_not_finish(
+    tmp_path: Path, storage: Storage, hasher: KeyHasher
+) -> None:
+    """The other build here starts while the only shard is made."""
+    output = (tmp_path / "out").as_uri()
+    plan = arrange([Row(1, "1", None)], PlanRule())
+
+    def render(row: Row) -> Rendered:
+        storage.write(f"{output}/.build/plan.json", b'{"fingerprint":"other"}')
+        return Rendered(b"image", "jpg")
+
+    with pytest.raises(SourceError, match="another build writes to"):
+        build(plan, DataSetCard("set"), render, output, storage, hasher, BuildRule())
+    assert not (tmp_path / "out" / "shards.json").exists()
+
+
 def test_a_report_may_not_lie_in_the_data_set(folder: Folder, tmp_path: Path, call: Call) -> None:
     arguments = ("--output", tmp_path / "out", "--report", tmp_path / "out" / "rejected.csv")
     result = call(command, "build", "--images", folder(["1.jpg"]), *arguments)
@@ -257,13 +292,13 @@ def test_a_build_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
         (root / f"{number}.tif").write_bytes(encoded(pixels, "TIFF"))
     options = ("--shard-samples", 3, "--hash-key-file", key, "--workers", 2, "--name", "set", "--splits", "0.5,0.2,0.3")
 
-    def build(output: str) -> subprocess.Popen[str]:
+    def run(output: str) -> subprocess.Popen[str]:
         return start("shards", "build", "--images", root, *options, "--output", tmp_path / output)
 
-    undisturbed = build("undisturbed")
+    undisturbed = run("undisturbed")
     assert undisturbed.wait(60) == 0
     for shards in (0, 1, 2, 3):
-        process = build("killed")
+        process = run("killed")
         assert process.stderr is not None
         finished = 0
         while finished < shards:
@@ -273,7 +308,7 @@ def test_a_build_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
         process.kill()
         assert process.wait(60) == -9
         assert "shards.json" not in contents(tmp_path / "killed")
-    last = build("killed")
+    last = run("killed")
     assert last.stderr is not None
     output = last.stderr.read()
     assert last.wait(60) == 0

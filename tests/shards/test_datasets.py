@@ -57,11 +57,14 @@ def test_a_csv_becomes_an_evaluation_set(
 def test_rows_without_a_label_are_refused(folder: Folder, table: Table, tmp_path: Path, call: Call) -> None:
     root = folder(["0.jpg", "1.jpg"])
     file = table(root / "list.csv", [{"path": "0.jpg", "plane": "a"}, {"path": "1.jpg", "plane": " "}])
-    result = call(command, "import", "csv", file, "--label-column", "plane", "--output", tmp_path / "out")
+    options = ("--splits", "0.5,0,0.5", "--output", tmp_path / "out")
+    result = call(command, "import", "csv", file, "--label-column", "plane", *options)
     assert result.exit_code == 64
     assert "1 rows have no label; choose labelled rows with --where" in result.output
     result = call(command, "import", "csv", file, "--output", tmp_path / "out")
     assert "an evaluation set has labels or masks" in result.output
+    result = call(command, "import", "csv", file, "--label-column", "plane", "--output", tmp_path / "out")
+    assert "an evaluation set has splits" in result.output
 
 
 def test_two_folders_become_a_set_with_masks(

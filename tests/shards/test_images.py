@@ -1,6 +1,8 @@
 """Each kind of file becomes the right 8-bit pixels, or is refused with a reason."""
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -83,6 +85,25 @@ def test_16_bits_become_8_by_the_full_range_of_the_file(encoded: Encoded, kind: 
     found = picture(data, KEEP)
     assert found.extension == "png"
     assert decode(found.data).tolist() == [[0, 128, 255, 0, 1]]
+
+
+def _png(kind: int, channels: int, depth: int) -> bytes:
+    """A picture of one row of two pixels, written by hand."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    header = struct.pack(">IIBBBBB", 2, 1, depth, kind, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + bytes(2 * channels * depth // 8))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_16_bit_colour_is_refused(kind: int, channels: int) -> None:
+    """Pillow would keep the upper 8 bits, which are empty where 12 bits are kept in 16."""
+    with pytest.raises(ImageError, match=r"16-bit colour is not supported"):
+        picture(_png(kind, channels, 16), KEEP)
+    assert decode(picture(_png(kind, channels, 8), KEEP).data).max() == 0
 
 
 def test_12_bits_kept_in_16_are_refused_because_they_would_come_out_black(encoded: Encoded) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ _JOURNAL = ".build/"
 _PLAN = _JOURNAL + "plan.json"
 _LAYOUT = "sonoforge.build/v1"
 _REJECTED_LIMIT = 100
+_SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+-[0-9]{5,}\.tar")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def build(
     whole = builder.fingerprint([asdict(card), *fingerprints])
     finished = builder.open_output(whole)
     if finished is not None:
-        builder.clear_records(range(len(plan)))
+        builder.clear({shard.name for shard in finished.shards})
         return BuildResult(finished, (), 0, len(finished.shards))
     outcomes: dict[int, _Outcome] = {}
     rejected = 0
@@ -156,9 +158,9 @@ def build(
         dataset_digest=dataset_digest(shards),
         shards=shards,
     )
-    builder.clear_surplus({shard.name for shard in shards})
+    builder.check_claim(whole)
     builder.write(MANIFEST, manifest.to_json().encode() + b"\n")
-    builder.clear_records(range(len(plan)))
+    builder.clear({shard.name for shard in shards})
     reused = sum(outcome.reused for outcome in ordered)
     return BuildResult(manifest, tuple(faults), len(shards) - reused, reused)
 
@@ -183,8 +185,9 @@ class _Builder:
     def fingerprint(self, parts: object) -> str:
         """Keyed, because paths and patients go into it."""
         text = canonical_json([_LAYOUT, PIL.__version__, self._card.name, self._rule.options, parts])
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return self._hasher.hash(digest) + self._hasher.hash(digest + "+")
+        # Names of files that are not UTF-8 come with surrogates in them.
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return self._hasher.hash(f"1{digest}") + self._hasher.hash(f"2{digest}")  # 24 hex digits
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         self._storage.write(self._base + name, data)
@@ -226,23 +229,17 @@ class _Builder:
                 for future in pending:
                     future.cancel()
 
-    def clear_surplus(self, names: set[str]) -> None:
-        """Delete what an earlier, unfinished build with another plan left."""
+    def check_claim(self, whole: str) -> None:
+        """Refuse to finish where another build took the output over."""
+        if self._document(_PLAN).get("fingerprint") != whole:
+            raise SourceError(f"another build writes to {self._base}; stop it, and start this one again or elsewhere")
+
+    def clear(self, names: set[str]) -> None:
+        """Delete the journal, and shards that an unfinished build of another plan left; the manifest is there."""
         for info in list(self._storage.list(self._base)):
             name = info.uri.removeprefix(self._base)
-            if name.endswith(".tar") and name not in names:
+            if (name.startswith(_JOURNAL) and name != _PLAN) or (_SHARD_NAME.fullmatch(name) and name not in names):
                 self._storage.delete(info.uri)
-            if (
-                name.startswith(_JOURNAL)
-                and name != _PLAN
-                and name.removeprefix(_JOURNAL)[: -len(".json")] not in names
-            ):
-                self._storage.delete(info.uri)
-
-    def clear_records(self, indices: range) -> None:
-        """Delete the journal of shards that the manifest now speaks for."""
-        for index in indices:
-            self._storage.delete(self._base + self._record_name(index))
 
     def _shard_name(self, index: int) -> str:
         return f"{self._card.name}-{index:05d}.tar"

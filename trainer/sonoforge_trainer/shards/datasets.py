@@ -60,6 +60,8 @@ def _csv(
     chosen = columns()
     if not chosen.label and not chosen.mask:
         raise SourceError("an evaluation set has labels or masks: give --label-column, --mask-column or both")
+    if not chosen.split and target.plan.splits is None:
+        raise SourceError("an evaluation set has splits: give --split-column, or draw them with --splits 0.7,0.1,0.2")
     rows = read_csv(table, root or table.parent, chosen, delimiter)
     unlabelled = sum(not row.label for row in rows) if chosen.label else 0
     if unlabelled:

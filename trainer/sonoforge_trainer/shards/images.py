@@ -107,6 +107,8 @@ def picture(data: bytes, rule: ImageRule) -> Picture:
     _load(image)
     if orientation != 1 and _orientation(image) != 1:  # reading a TIFF turns it already
         image = ImageOps.exif_transpose(image)
+    if _deep_colour(image, data):
+        raise ImageError("16-bit colour is not supported; convert to 8-bit RGB or to 16-bit gray")
     pixels = _eight_bit(image, rule.window)
     encoded = io.BytesIO()
     if lossy or rule.encode == "jpeg":
@@ -210,6 +212,16 @@ def _kept(image: Image.Image, data: bytes, rule: ImageRule) -> Picture | None:
     if image.format == "JPEG":
         _load(_open(plain))
     return Picture(plain, extension, image.width, image.height)
+
+
+def _deep_colour(image: Image.Image, data: bytes) -> bool:
+    """Whether the file has several channels of more than 8 bits, of which Pillow keeps the upper 8 without a word."""
+    if image.mode.startswith(("I", "F")):
+        return False
+    if image.format == "PNG":
+        return data[24] > 8  # bit depth in the header chunk
+    bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS, 8)
+    return any(depth > 8 for depth in (bits if isinstance(bits, tuple) else (bits,)))
 
 
 def _eight_bit(image: Image.Image, window: Window) -> NDArray[np.uint8]:

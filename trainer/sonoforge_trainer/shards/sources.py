@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -320,7 +321,7 @@ def _images(root: Path) -> list[tuple[str, Path]]:
     if not root.is_dir():
         raise SourceError("the folder of images is not there")
     found = [
-        (file.relative_to(root).as_posix(), file)
+        (os.fsencode(file.relative_to(root)).decode("utf-8", "backslashreplace"), file)  # not every name is UTF-8
         for file in root.rglob("*")
         if file.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in file.relative_to(root).parts)
     ]
