@@ -81,10 +81,12 @@ class NodeAgent(LocalElasticAgent):
         return result
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        intact = self._handler.intact()
-        log.info("workers-stop", reason="a node joins" if intact else "a node is gone")
+        healthy = worker_group.state == WorkerState.HEALTHY
+        joining = healthy and self._handler.intact()
+        reason = "a node joins" if joining else "a node is gone" if healthy else "workers failed"
+        log.info("workers-stop", reason=reason)
         if self._pcontext is not None:
-            self._pcontext.close(signal.SIGTERM, self._shutdown_timeout if intact else self._lost_seconds)
+            self._pcontext.close(signal.SIGTERM, self._shutdown_timeout if joining else self._lost_seconds)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         # A second SIGTERM must not interrupt the wait for workers that are saving.

@@ -1,8 +1,8 @@
 """`sonoforge coordinator`: the rendezvous store, and the door through which an operator sees and steers a run.
 
 `GET /progress` is the newest `contract.Progress`, `POST /request` takes a `contract.Request`, and `GET /healthz` is
-the only path that needs no token. State lives in the store alone: a coordinator that dies is replaced by an empty one, and the
-agents and rank 0 fill it again.
+the only path that needs no token. State lives in the store alone: a coordinator that dies is replaced by an empty one,
+and the agents and rank 0 fill it again.
 
 The store itself has no password. It must be reachable from the nodes of this run alone (a NetworkPolicy); what comes
 out of it is parsed strictly and never unpickled.
@@ -36,6 +36,7 @@ MAX_BODY_BYTES = 16 * 1024
 
 _CONNECTIONS = 32
 _READ_SECONDS = 10.0
+_SIGNAL_SECONDS = 0.5
 _REQUESTS_KEPT = 64
 _IDENTITIES_KEPT = 4096
 
@@ -250,7 +251,8 @@ def command(
     if address_file:
         _write_atomically(address_file, json.dumps(addresses))
     click.echo(json.dumps(addresses))
-    ended.wait()
+    while not ended.wait(_SIGNAL_SECONDS):  # a signal that another thread receives does not wake a wait without end
+        pass
     door.shutdown()
     door.server_close()
 

@@ -96,6 +96,7 @@ def _run(agent: NodeAgent, handler: ElasticHandler) -> int:
     handler.shutdown()
     if result is not None and result.is_failed():
         assert agent.failure is not None
+        handler.leave()  # the others find the attempt closed, and need not miss heartbeats to look
         return _end(agent.failure)
     return ExitCode.OK
 

@@ -8,11 +8,13 @@ touches a device, so forking it is safe.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import runpy
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -47,6 +49,7 @@ def run(context: dict[str, str], module: str, *arguments: str) -> None:
 
     Ends with SystemExit; foreign exceptions are logged by class and place, without their text.
     """
+    threading.Thread(target=_die_with_agent, name="agent-watch", daemon=True).start()
     termination.die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -61,3 +64,11 @@ def run(context: dict[str, str], module: str, *arguments: str) -> None:
         places = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]
         log.error("worker-failed", exception=type(error).__name__, places=places)  # noqa: TRY400 - without its text
         sys.exit(code)
+
+
+def _die_with_agent() -> None:
+    """A worker whose agent was killed must not train on. Its parent is the fork server, which outlives the agent."""
+    agent = multiprocessing.parent_process()
+    assert agent is not None
+    multiprocessing.connection.wait([agent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
