@@ -31,7 +31,7 @@ class TeacherLogits(NamedTuple):
 
 def targets(logits_nk: Tensor, bias_k: Tensor, temperature: float) -> Tensor:
     """Targets [n, K] in float32: each row is a distribution over prototypes."""
-    return torch.softmax(logits_nk.float() / temperature - bias_k, dim=-1)
+    return torch.softmax((logits_nk.float() / temperature).sub_(bias_k), dim=-1)
 
 
 def center_bias(center_2k: Tensor, temperature: float) -> Tensor:
