@@ -14,6 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from sonoforge_trainer.contract.config import ExecutionConfig
 
@@ -69,6 +71,8 @@ class Ranks:
     """Group of the step's reductions; None in a run of one process."""
     control: dist.ProcessGroup | None = None
     """Gloo group for host-side talk from other threads (checkpoint commits), apart from the step's order of calls."""
+    store: Store | None = None
+    """Key-value store that all processes reach; None in a run of one process."""
     collectives: int = 0
     """Reductions issued so far."""
 
@@ -102,9 +106,11 @@ class Ranks:
         if world_size == 1:
             return cls(local_rank=local_rank, device=device)
         timeout = timedelta(seconds=execution.collective_timeout_seconds)
+        store, _, _ = next(rendezvous("env://", rank=rank, world_size=world_size, timeout=timeout))
+        store.set_timeout(timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            init_method="env://",
+            store=PrefixStore("process-group", store),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
@@ -112,11 +118,21 @@ class Ranks:
         )
         group, control = dist.group.WORLD, dist.new_group(timeout=timeout, backend="gloo")
         assert isinstance(control, dist.ProcessGroup)
-        return cls(rank, world_size, local_rank, device, group, control)
+        return cls(rank, world_size, local_rank, device, group, control, PrefixStore("trainer", store))
 
     def virtual_ranks(self, count: int) -> range:
         """The virtual ranks of this process, of `count`. Raises ValueError where there are more processes."""
         return assign_virtual_ranks(count, self.world_size, self.rank)
+
+    def agree(self, topic: str, text: str) -> str:
+        """What rank 0 says about a topic; every process asks about it once. Waits for rank 0."""
+        if self.store is None:
+            return text
+        if self.rank == 0:
+            self.store.set(f"agree/{topic}", text)
+            return text
+        said: bytes = self.store.get(f"agree/{topic}")
+        return said.decode()
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a float32 tensor over all processes, in place; returns it."""
@@ -129,7 +145,7 @@ class Ranks:
     def close(self) -> None:
         """Leave the process groups."""
         if self.group is not None:
-            self.group = self.control = None
+            self.group = self.control = self.store = None
             dist.destroy_process_group()
 
     def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

@@ -138,7 +138,7 @@ class Run:
         self._exits = ExitStack()
         self.storage = Storage.from_env()
         self.manifest = read_manifest(config, self.storage)
-        self.attempt = ranks.agree(fresh_attempt())
+        self.attempt = ranks.agree("attempt", fresh_attempt())
         self.step = 0
         self._account = _Account()
         self._clock, self._means = StepClock(), Means()
@@ -190,7 +190,6 @@ class Run:
                 stop=self.told.stop,
                 checkpoint=self._wants_checkpoint(),
                 busy=self.writer.busy(),
-                corrupt=sum(b.corrupt for b in batch),
             )
             self.step += 1
             self._keep_samples(batch)
