@@ -234,6 +234,39 @@ def test_a_key_is_made_once_outside_the_data_set_for_this_user_only(folder: Fold
     assert "Made a key" not in second.output
 
 
+def test_the_key_of_the_environment_is_used_and_a_missing_one_is_an_error(
+    folder: Folder, tmp_path: Path, key: Path, call: Call, monkeypatch: pytest.MonkeyPatch, storage: Storage
+) -> None:
+    arguments = ("build", "--images", folder(["p1.jpg"]), "--patient-pattern", r"(p\d)", "--output", tmp_path / "out")
+    missing = call(command, *arguments, "--hash-key-file", tmp_path / "none")
+    assert missing.exit_code == 64
+    assert "cannot be read" in missing.output
+    monkeypatch.setenv("SONOFORGE_HASH_KEY_FILE", str(key))
+    assert call(command, *arguments).exit_code == 0
+    manifest = read_manifest((tmp_path / "out" / "shards.json").as_uri(), storage)
+    assert manifest.shards[0].patients == (KeyHasher(b"0123456789abcdef").hash("patient\0p1"),)
+
+
+def test_options_of_another_source_are_refused(folder: Folder, tmp_path: Path, call: Call) -> None:
+    root = folder(["1.jpg"])
+    result = call(command, "build", "--images", root, "--label-column", "x", "--output", tmp_path / "out")
+    assert result.exit_code == 64
+    assert "a folder has no columns" in result.output
+    result = call(command, "build", "--csv", root / "x.csv", "--label-from-folder", "--output", tmp_path / "out")
+    assert result.exit_code == 64
+    assert "are for --images" in result.output
+
+
+@pytest.mark.parametrize(
+    ("uri", "code", "message"),
+    [("gs://x", 64, "begins with s3:// or file://"), ("file:///none/shards.json", 65, "no such object")],
+)
+def test_a_data_set_that_is_not_there_ends_with_its_exit_code(call: Call, uri: str, code: int, message: str) -> None:
+    result = call(command, "verify", uri)
+    assert result.exit_code == code
+    assert message in result.output
+
+
 def test_one_source_must_be_given(tmp_path: Path, call: Call) -> None:
     result = call(command, "build", "--output", tmp_path / "out")
     assert result.exit_code == 64
@@ -296,7 +329,7 @@ def test_a_build_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
         return start("shards", "build", "--images", root, *options, "--output", tmp_path / output)
 
     undisturbed = run("undisturbed")
-    assert undisturbed.wait(60) == 0
+    assert undisturbed.wait(180) == 0
     for shards in (0, 1, 2, 3):
         process = run("killed")
         assert process.stderr is not None
@@ -306,12 +339,12 @@ def test_a_build_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
             assert line, "the build ended before it could be killed"
             finished += line.startswith("set-") and "kept" not in line
         process.kill()
-        assert process.wait(60) == -9
+        assert process.wait(180) == -9
         assert "shards.json" not in contents(tmp_path / "killed")
     last = run("killed")
     assert last.stderr is not None
     output = last.stderr.read()
-    assert last.wait(60) == 0
+    assert last.wait(180) == 0
     assert output.count(", kept") >= 6
     # A file that a killed process was writing has a name that storage takes for no object.
     left = {name: data for name, data in contents(tmp_path / "killed").items() if ".sonoforge-tmp-" not in name}

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sonoforge_trainer.shards.faults import SourceError
@@ -19,6 +19,7 @@ def _rows(patients: int, clips: int = 1, frames: int = 1) -> list[Row]:
     ]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 5), st.integers(1, 17), st.integers(0, 3))
 def test_every_sample_is_placed_once_and_shards_are_equally_full(
     patients: int, clips: int, frames: int, shard_samples: int, seed: int
@@ -34,6 +35,7 @@ def test_every_sample_is_placed_once_and_shards_are_equally_full(
     assert len({p.clip for p in placed}) == patients * clips * (1 if frames > 1 else frames)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 12), st.integers(2, 8))
 def test_a_clips_frames_lie_in_as_many_shards_as_there_can_be(patients: int, frames: int) -> None:
     plan = arrange(_rows(patients, 2, frames), PlanRule(shard_samples=7, seed=1))

@@ -65,7 +65,7 @@ def _run(hospital: Path, *arguments: str) -> tuple[int, bytes]:
         [sys.executable, "-m", "sonoforge_trainer", "shards", *arguments],
         cwd=hospital,
         capture_output=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     return result.returncode, result.stdout + result.stderr

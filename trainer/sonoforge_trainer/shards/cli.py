@@ -75,8 +75,13 @@ def _build(
     if sum(source is not None for source in (folder, table, webdataset)) != 1:
         raise SourceError("give one source: --images FOLDER, --csv FILE or --webdataset URI")
     storage = Storage.from_env()
+    rule = FolderRule(label_from_folder, patient_pattern, clip_pattern)
+    if folder is not None and columns() != Columns():
+        raise SourceError("a folder has no columns; use --label-from-folder and --patient-pattern, or --csv")
+    if folder is None and rule != FolderRule():
+        raise SourceError("--label-from-folder and patterns are for --images; use --label-column and the like")
     if folder is not None:
-        rows = read_folder(folder, FolderRule(label_from_folder, patient_pattern, clip_pattern))
+        rows = read_folder(folder, rule)
     elif table is not None:
         rows = read_csv(table, root or table.parent, columns(), delimiter)
     else:

@@ -22,7 +22,7 @@ from sonoforge_trainer.shards.hashkey import load_hash_key
 from sonoforge_trainer.shards.images import ImageRule, MaskRule, Window
 from sonoforge_trainer.shards.plan import PlanRule, arrange, parse_splits
 from sonoforge_trainer.shards.sources import Columns, Row
-from sonoforge_trainer.storage import Storage, StorageError
+from sonoforge_trainer.storage import IntegrityError, InvalidURIError, ObjectNotFoundError, Storage, StorageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -250,10 +250,12 @@ def ends_with_exit_code(command: Callable[P, R]) -> Callable[P, R]:
             fail(f"{error}.\n{_listed(error.rejected)}", ExitCode.DATA)
         except DataSetError as error:
             fail(str(error), ExitCode.DATA)
-        except StorageError as error:
-            fail(str(error), ExitCode.STORAGE if error.retryable else ExitCode.DATA)
-        except (SourceError, ContractError) as error:
+        except (SourceError, ContractError, InvalidURIError) as error:
             fail(str(error), ExitCode.CONFIG)
+        except (ObjectNotFoundError, IntegrityError) as error:
+            fail(str(error), ExitCode.DATA)
+        except StorageError as error:
+            fail(str(error), ExitCode.STORAGE)
 
     return wrapped
 
