@@ -16,9 +16,9 @@ import webdataset
 from click.testing import Result
 
 from sonoforge_trainer.redact import KeyHasher
-from sonoforge_trainer.shards.build import BuildRule, DataSetCard, Rendered, build
+from sonoforge_trainer.shards.build import BuildRule, DataSetCard, RejectedError, Rendered, build
 from sonoforge_trainer.shards.cli import command
-from sonoforge_trainer.shards.faults import SourceError
+from sonoforge_trainer.shards.faults import ImageError, SourceError
 from sonoforge_trainer.shards.plan import PlanRule, arrange
 from sonoforge_trainer.shards.reader import iterate, read_manifest
 from sonoforge_trainer.shards.sources import Row
@@ -186,6 +186,25 @@ def test_a_build_that_lost_its_place_to_another_does_not_finish(
     with pytest.raises(SourceError, match="another build writes to"):
         build(plan, DataSetCard("set"), render, output, storage, hasher, BuildRule())
     assert not (tmp_path / "out" / "shards.json").exists()
+
+
+def test_no_record_speaks_for_a_shard_that_is_being_made(tmp_path: Path, storage: Storage, hasher: KeyHasher) -> None:
+    """Else a kill between shard and record, and a return to the first plan, would commit a shard with a wrong digest."""
+    output = tmp_path / "out"
+    records = []
+
+    def render(row: Row) -> Rendered:
+        if row.number == 2:
+            raise ImageError("broken")
+        records.append(sorted(file.name for file in (output / ".build").iterdir()))
+        return Rendered(b"image", "jpg")
+
+    for label in ("a", "b"):
+        plan = arrange([Row(1, "1", None, label=label), Row(2, "2", None)], PlanRule())
+        with pytest.raises(RejectedError):
+            build(plan, DataSetCard("set"), render, output.as_uri(), storage, hasher, BuildRule())
+        assert (output / ".build" / "set-00000.tar.json").exists()
+    assert records == [["plan.json"], ["plan.json"]]
 
 
 def test_a_report_may_not_lie_in_the_data_set(folder: Folder, tmp_path: Path, call: Call) -> None:

@@ -280,6 +280,8 @@ class _Builder:
         # A record with rejected samples is of use where they are left out; else the file may have been repaired since.
         if finished is not None and (self._rule.on_error == "skip" or not finished.rejected):
             return finished
+        # A record must never speak for the bytes of another build, also where this one is killed before it writes its own.
+        self._storage.delete(self._base + self._record_name(index))
         outcome = self._make(index, samples)
         self._write_document(
             self._record_name(index),
