@@ -189,7 +189,7 @@ def test_a_build_that_lost_its_place_to_another_does_not_finish(
 
 
 def test_no_record_speaks_for_a_shard_that_is_being_made(tmp_path: Path, storage: Storage, hasher: KeyHasher) -> None:
-    """Else a kill between shard and record, and a return to the first plan, would commit a shard with a wrong digest."""
+    """Else a kill between shard and record, and a return to the first plan, would commit a wrong digest."""
     output = tmp_path / "out"
     records = []
 

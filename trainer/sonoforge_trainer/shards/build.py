@@ -158,7 +158,7 @@ def build(
         dataset_digest=dataset_digest(shards),
         shards=shards,
     )
-    builder.check_claim(whole)
+    builder.check_claim()
     builder.write(MANIFEST, manifest.to_json().encode() + b"\n")
     builder.clear({shard.name for shard in shards})
     reused = sum(outcome.reused for outcome in ordered)
@@ -180,6 +180,7 @@ class _Builder:
     ) -> None:
         self._card, self._render, self._storage, self._hasher, self._rule = card, render, storage, hasher, rule
         self._base = output.rstrip("/") + "/"
+        self._claim = ""
         self._stop = threading.Event()
 
     def fingerprint(self, parts: object) -> str:
@@ -194,6 +195,7 @@ class _Builder:
 
     def open_output(self, whole: str) -> ShardManifest | None:
         """Claim the output; the manifest where this very build is finished already."""
+        self._claim = whole
         names = {info.uri.removeprefix(self._base) for info in self._storage.list(self._base)}
         plan = self._document(_PLAN)
         if MANIFEST in names:
@@ -229,9 +231,9 @@ class _Builder:
                 for future in pending:
                     future.cancel()
 
-    def check_claim(self, whole: str) -> None:
-        """Refuse to finish where another build took the output over."""
-        if self._document(_PLAN).get("fingerprint") != whole:
+    def check_claim(self) -> None:
+        """Stop where another build took the output over."""
+        if self._document(_PLAN).get("fingerprint") != self._claim:
             raise SourceError(f"another build writes to {self._base}; stop it, and start this one again or elsewhere")
 
     def clear(self, names: set[str]) -> None:
@@ -280,7 +282,8 @@ class _Builder:
         # A record with rejected samples is of use where they are left out; else the file may have been repaired since.
         if finished is not None and (self._rule.on_error == "skip" or not finished.rejected):
             return finished
-        # A record must never speak for the bytes of another build, also where this one is killed before it writes its own.
+        self.check_claim()
+        # A record must never speak for bytes of another build, also where this one is killed before it writes its own.
         self._storage.delete(self._base + self._record_name(index))
         outcome = self._make(index, samples)
         self._write_document(
