@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from sonoforge_trainer.evaluate.fewshot import draw_rows, fewshot
 from sonoforge_trainer.evaluate.knn import fitting, knn, knn_probabilities
 from sonoforge_trainer.evaluate.linear import BATCH, LEARNING_RATES, Heads, linear
-from sonoforge_trainer.evaluate.logreg import Regression, Standardiser, logreg
+from sonoforge_trainer.evaluate.logreg import Standardiser, fit_path, logreg
 from sonoforge_trainer.evaluate.problem import Problem, best
 
 CPU = torch.device("cpu")
@@ -133,10 +134,20 @@ def test_a_head_that_overflows_is_not_chosen(planted):
     assert finding.scores["balanced_accuracy"].value > 0.9
 
 
+@pytest.mark.parametrize("labels", [(0, 2), (0, 1, 2)])
+def test_logistic_regression_equals_scikit_learn_also_with_two_classes(labels):
+    random = np.random.default_rng(0)
+    features = random.normal(size=(60, 4))
+    targets = np.array(labels)[np.arange(60) % len(labels)]
+    ((_, model),) = fit_path(features, targets, 3, (0.5,))
+    reference = LogisticRegression(C=0.5).fit(features, targets)
+    assert np.allclose(model.probabilities(features)[:, list(labels)], reference.predict_proba(features), atol=1e-6)
+
+
 def test_logistic_regression_gives_no_probability_to_a_class_without_training_images():
-    model = Regression(3).fit(np.array([[0.0], [1.0]]), np.array([0, 2]), 1.0)
+    ((_, model),) = fit_path(np.array([[0.0], [1.0]]), np.array([0, 2]), 3, (1.0,))
     assert model.probabilities(np.array([[0.0]]))[0, 1] == 0
-    alone = Regression(3).fit(np.array([[0.0], [1.0]]), np.array([1, 1]), 1.0)
+    ((_, alone),) = fit_path(np.array([[0.0], [1.0]]), np.array([1, 1]), 3, (1.0,))
     assert alone.probabilities(np.array([[5.0]])).tolist() == [[0, 1, 0]]
 
 

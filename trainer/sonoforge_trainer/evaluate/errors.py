@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from sonoforge_trainer.contract.exits import Cause
+
 
 class EvaluationDataError(ValueError):
-    """The evaluation set or the checkpoint cannot be used: it leaks, lacks a split, or is damaged."""
+    """The evaluation set cannot be used: it leaks, lacks a split, or is damaged."""
+
+    termination_cause: Cause = "data"
 
 
 class EvaluationConfigError(ValueError):
     """The request does not fit the data set or the model."""
+
+    termination_cause: Cause = "config"

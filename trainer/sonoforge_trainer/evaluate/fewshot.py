@@ -13,7 +13,7 @@ import torch
 
 from sonoforge_trainer.contract import Score
 from sonoforge_trainer.evaluate.knn import knn_probabilities
-from sonoforge_trainer.evaluate.logreg import Regression, Standardiser
+from sonoforge_trainer.evaluate.logreg import Standardiser, fit_path
 from sonoforge_trainer.evaluate.metrics import CLASSIFICATION_METRICS, Floats, Ints
 from sonoforge_trainer.evaluate.problem import Finding, Problem
 
@@ -82,4 +82,5 @@ def _knn(
 
 def _logreg(drawn: Floats, targets: Ints, test: Floats, problem: Problem) -> Floats:
     scale = Standardiser(drawn)
-    return Regression(len(problem.classes)).fit(scale(drawn), targets, _C).probabilities(scale(test))
+    ((_, model),) = fit_path(scale(drawn), targets, len(problem.classes), (_C,))
+    return model.probabilities(scale(test))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped] # comes with scikit-learn, without types
 
 from sonoforge_trainer.evaluate.metrics import Floats, Ints
 from sonoforge_trainer.evaluate.problem import Finding, Problem, best, report
@@ -16,7 +17,7 @@ from sonoforge_trainer.evaluate.problem import Finding, Problem, best, report
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Inverse strengths of the L2 penalty on features of unit variance, weakest model first."""
 
-_ITERATIONS = 300
+_ITERATIONS = 100
 
 
 class Standardiser:
@@ -34,35 +35,51 @@ class Standardiser:
         return scaled
 
 
-class Regression:
-    """Multinomial logistic regression with class probabilities for all K classes, also those without training rows."""
+@dataclass(frozen=True)
+class LinearModel:
+    """A fitted multinomial model: probabilities are the softmax of features times weights plus biases."""
 
-    def __init__(self, classes: int) -> None:
-        self._classes = classes
-        self._model = LogisticRegression(max_iter=_ITERATIONS, warm_start=True)
-        self._only: int | None = None
-
-    def fit(self, features_nd: Floats, targets_n: Ints, c: float, weights_n: Floats | None = None) -> Regression:
-        """Fit with a penalty, starting from the coefficients of the last fit."""
-        present = np.unique(targets_n)
-        self._only = int(present[0]) if len(present) == 1 else None
-        if self._only is None:
-            self._model.set_params(C=c)
-            with warnings.catch_warnings():
-                # A weak penalty on separable features has its optimum at infinity; validation judges what was reached.
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                self._model.fit(features_nd, targets_n, sample_weight=weights_n)
-        return self
+    weights_dk: Floats
+    biases_k: Floats
 
     def probabilities(self, features_nd: Floats) -> Floats:
-        """Class probabilities [n, K]."""
-        probabilities = np.zeros((len(features_nd), self._classes))
-        if self._only is None:
-            found: Any = self._model.predict_proba(features_nd)
-            probabilities[:, self._model.classes_] = found
-        else:
-            probabilities[:, self._only] = 1
+        """Class probabilities [n, K]; 0 for a class that had no training rows."""
+        logits = features_nd @ self.weights_dk + self.biases_k
+        exponentials = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities: Floats = exponentials / exponentials.sum(1, keepdims=True)
         return probabilities
+
+
+def fit_path(
+    features_nd: Floats, targets_n: Ints, classes: int, grid: Sequence[float], weights_n: Floats | None = None
+) -> Iterator[tuple[float, LinearModel]]:
+    """A model for every C of the grid in its order, each started from the one before."""
+    present = np.unique(targets_n)
+    if len(present) == 1:
+        for c in grid:
+            yield c, _spread(np.zeros((features_nd.shape[1], 1)), np.zeros(1), present, classes)
+        return
+    model = LogisticRegression(max_iter=_ITERATIONS, warm_start=True)
+    for c in grid:
+        model.set_params(C=c)
+        # One thread: a path that is cut before its optimum shows in which order sums were taken, and numbers must not
+        # depend on a machine's CPUs. At these sizes more threads cost more than they save.
+        with threadpool_limits(1), warnings.catch_warnings():
+            # A weak penalty on separable features has its optimum at infinity; validation judges what was reached.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(features_nd, targets_n, sample_weight=weights_n)
+        weights, biases = model.coef_.T, model.intercept_
+        if len(present) == 2:  # scikit-learn keeps the difference of the two only
+            weights, biases = np.c_[np.zeros_like(weights), weights], np.r_[0.0, biases]
+        yield c, _spread(weights, biases, present, classes)
+
+
+def _spread(weights: Floats, biases: Floats, present: Ints, classes: int) -> LinearModel:
+    """The model of the classes that are present as one of all classes."""
+    all_weights = np.zeros((len(weights), classes), weights.dtype)
+    all_biases = np.full(classes, -np.inf, weights.dtype)
+    all_weights[:, present], all_biases[present] = weights, biases
+    return LinearModel(all_weights, all_biases)
 
 
 def logreg(problem: Problem, *, resamples: int, seed: int, grid: Sequence[float] = C_GRID) -> Finding:
@@ -71,9 +88,7 @@ def logreg(problem: Problem, *, resamples: int, seed: int, grid: Sequence[float]
     for name, features in problem.inputs.items():
         scale = Standardiser(features["train"])
         train, val, held_out = (scale(features[split]) for split in ("train", "val", "test"))
-        model = Regression(len(problem.classes))
-        for c in grid:
-            model.fit(train, problem.targets["train"], c)
+        for c, model in fit_path(train, problem.targets["train"], len(problem.classes), grid):
             candidate = f"{name} C={c:g}"
             candidates[candidate] = problem.predictions("val", model.probabilities(val)).balanced_accuracy()
             test[candidate] = model.probabilities(held_out)

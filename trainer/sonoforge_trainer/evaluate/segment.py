@@ -21,7 +21,7 @@ from torch import Tensor
 from sonoforge_trainer.contract import Score
 from sonoforge_trainer.evaluate.errors import EvaluationDataError
 from sonoforge_trainer.evaluate.knn import fitting, neighbour_votes, normalised
-from sonoforge_trainer.evaluate.logreg import Regression, Standardiser
+from sonoforge_trainer.evaluate.logreg import Standardiser, fit_path
 from sonoforge_trainer.evaluate.metrics import Floats, Ints, confusion_matrix
 from sonoforge_trainer.evaluate.overlap import foreground_dice, overlap_details, overlap_scores
 from sonoforge_trainer.evaluate.problem import Finding, best
@@ -126,25 +126,29 @@ def segment_probe(
 ) -> Finding:
     """Both probes: select by pooled foreground Dice on validation, report Dice and IoU on test.
 
-    Scores are named `{knn|logreg}_{dice|iou}_{mean|foreground}[_per_image]`.
+    Scores are `{dice|iou}_{mean|foreground}[_per_image]` of the candidate that is best on validation, and
+    `{knn|logreg}_dice_foreground` of the best of each probe.
     """
     features, shares = training_patches(problem, seed)
     images = len(problem.masks["val"])
     validation = np.unique(np.linspace(0, images - 1, min(images, VALIDATION_IMAGES)).round().astype(np.int64)).tolist()
-    scores: dict[str, Score] = {}
-    chosen, details = [], {"train_patches": len(features), "compared_at": "mask resolution"}
+    details: dict[str, object] = {"train_patches": len(features), "compared_at": "mask resolution"}
+    winners: dict[str, float] = {}
+    scores: dict[str, dict[str, Score]] = {}
     for method, candidates in (
         ("knn", _knn_candidates(features, shares, ks, temperature, device)),
         ("logreg", _logreg_candidates(features, shares)),
     ):
         found = {n: foreground_dice(c) for n, c in confusions(problem, "val", candidates.all, validation).items()}
         name = best(found)
+        winner = f"{method} {name}"
         test = confusions(problem, "test", candidates.one(name), range(len(problem.masks["test"])))[name]
-        for metric, score in overlap_scores(test, problem.groups["test"], resamples=resamples, seed=seed).items():
-            scores[f"{method}_{metric}"] = score
-        chosen.append(f"{method} {name}")
+        winners[winner] = found[name]
+        scores[winner] = overlap_scores(test, problem.groups["test"], resamples=resamples, seed=seed)
         details[method] = {"validation_dice_foreground": found, **overlap_details(test, problem.classes)}
-    return Finding(scores, ", ".join(chosen), details)
+    chosen = best(winners)
+    of_methods = {f"{n.split()[0]}_dice_foreground": s["dice_foreground"] for n, s in scores.items()}
+    return Finding({**scores[chosen], **of_methods}, chosen, details)
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,8 @@ def _logreg_candidates(features: Floats, shares: Tensor) -> _Candidates:
     rows, targets = np.nonzero(shares.numpy() > _SHARE)
     weights = shares.numpy()[rows, targets].astype(np.float64)
     train = scale(features)[rows].astype(np.float32)
-    models = {f"C={c:g}": Regression(shares.shape[1]).fit(train, targets.astype(np.int64), c, weights) for c in C_GRID}
+    path = fit_path(train, targets.astype(np.int64), shares.shape[1], C_GRID, weights)
+    models = {f"C={c:g}": model for c, model in path}
 
     def predictor(names: Sequence[str]) -> Predict:
         def predict(patches: Floats) -> Mapping[str, Floats]:

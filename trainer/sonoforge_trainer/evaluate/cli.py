@@ -1,0 +1,186 @@
+"""`sonoforge eval`: evaluate a checkpoint, or the floors of an evaluation set."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, get_args
+
+import click
+import structlog
+
+from sonoforge_trainer import termination
+from sonoforge_trainer.checkpoint import DamagedCheckpointError
+from sonoforge_trainer.contract import (
+    COMMIT,
+    ContractError,
+    Evaluation,
+    EvaluationRequest,
+    ExitCode,
+    Protocol,
+    Score,
+    Termination,
+)
+
+_HEADLINES = ("balanced_accuracy", "f1_macro", "dice_foreground", "rankme", "accuracy", "auroc_macro")
+_DIGITS = 6
+
+
+@click.command("eval", short_help="Evaluate a checkpoint.")
+@click.argument("checkpoint_uri", required=False)
+@click.option("--request", "request_file", type=click.File("r"), help="EvaluationRequest as JSON; - is standard input.")
+@click.option("--shards", help="URI of the evaluation set's shards.json.")
+@click.option("--name", default="eval", show_default=True, help="Name of the evaluation.")
+@click.option("--protocols", default="knn,linear,logreg,health", show_default=True, help="Protocols, with commas.")
+@click.option("--label", default="label", show_default=True, help="Field that holds the class.")
+@click.option("--where", multiple=True, help="FIELD=VALUE; use only these samples.")
+@click.option("--resolution", type=int, help="Side of the input in pixels. Default: the model card's.")
+@click.option(
+    "--floors", "only_floors", is_flag=True, help="Score raw pixels and other floors instead of a checkpoint."
+)
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Device.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all CPUs, or OMP_NUM_THREADS.")
+def command(
+    checkpoint_uri: str | None,
+    request_file: Any,
+    shards: str | None,
+    name: str,
+    protocols: str,
+    label: str,
+    where: tuple[str, ...],
+    resolution: int | None,
+    only_floors: bool,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Evaluate the checkpoint at CHECKPOINT_URI (the prefix that holds its COMMIT), or answer a --request.
+
+    The result is kept beside the checkpoint below eval/, and one that is there already is not made again. Scores are
+    printed as JSON.
+
+    Example: sonoforge eval file:///runs/a/step-0000001000/attempt-0 --shards file:///sets/planes/shards.json
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    # stdout is for results. The stream is looked up for every line, because whoever calls may have replaced it.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    with _explained():
+        from sonoforge_trainer.storage import Storage
+
+        storage = Storage.from_env()
+        if request_file is not None:
+            if checkpoint_uri or shards:
+                raise ContractError("give either --request, or CHECKPOINT_URI with --shards")
+            request = EvaluationRequest.from_json(request_file.read(), where="request")
+            evaluation, uri, digest = request.evaluation, request.checkpoint_uri, request.checkpoint_digest
+        else:
+            evaluation = _evaluation(name, shards, protocols, label, where, resolution)
+            uri, digest = (checkpoint_uri or "").rstrip("/"), ""
+        _limit_threads(threads)
+        if only_floors:
+            from sonoforge_trainer.evaluate.floors import floors
+
+            scores = floors(evaluation, storage)
+        else:
+            if not uri:
+                raise ContractError("give a CHECKPOINT_URI, a --request, or --floors")
+            from sonoforge_trainer.evaluate.run import evaluate
+
+            digest = digest or storage.read(f"{uri}/{COMMIT}").decode("ascii", "replace").strip()
+            request = EvaluationRequest(checkpoint_uri=uri, checkpoint_digest=digest, evaluation=evaluation)
+            scores = evaluate(request, storage, _device(device)).scores
+        termination.write(succeeded(scores))
+        click.echo(json.dumps({n: _rounded(s, intervals=True) for n, s in scores.items()}, indent=1, sort_keys=True))
+
+
+def succeeded(scores: Mapping[str, Score]) -> Termination:
+    """The termination message of an evaluation, as many of the scores as fit into it.
+
+    Intervals are left out first, then everything but the headline metrics of each protocol. The result object has all.
+    """
+    for intervals, headlines in ((True, False), (False, False), (False, True)):
+        result: dict[str, object] = {
+            name: _rounded(score, intervals=intervals)
+            for name, score in scores.items()
+            if not headlines or name.rpartition("/")[2] in _HEADLINES
+        }
+        said = Termination(cause="done", result=result)
+        if len(said.to_json().encode()) <= termination.MAX_BYTES:
+            return said
+    raise AssertionError("six headline metrics of six protocols fit into a termination message")
+
+
+def _rounded(score: Score, *, intervals: bool) -> dict[str, float]:
+    kept = {"value", "low", "high", "deviation"} if intervals else {"value"}
+    return {name: round(v, _DIGITS) for name, v in score.document().items() if name in kept and v is not None}
+
+
+def _evaluation(
+    name: str, shards: str | None, protocols: str, label: str, where: tuple[str, ...], resolution: int | None
+) -> Evaluation:
+    if shards is None:
+        raise ContractError("--shards: required without --request; give the URI of the set's shards.json")
+    pairs = [pair.partition("=") for pair in where]
+    if not all(equals and field for field, equals, _ in pairs):
+        raise ContractError("--where: give FIELD=VALUE")
+    wanted = [p.strip() for p in protocols.split(",") if p.strip()]
+    unknown = sorted(set(wanted) - set(get_args(Protocol)))
+    if unknown:
+        raise ContractError(f"--protocols: found {', '.join(unknown)}. Allowed: {', '.join(get_args(Protocol))}")
+    document = {
+        "name": name,
+        "shards": shards,
+        "protocols": wanted,
+        "label": label,
+        "where": {field: value for field, _, value in pairs},
+        "resolution": resolution,
+    }
+    return Evaluation.parse(document)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _limit_threads(threads: int | None) -> None:
+    """Limit torch and the BLAS of numpy and scikit-learn, which read the environment when they are first loaded."""
+    if threads is not None:
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[variable] = str(threads)
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Nothing needs saving: what is done is in storage, and the next process goes on from it."""
+    raise SystemExit(int(ExitCode.TERMINATED))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Faults become a termination message, one line on standard error, and an exit code."""
+    try:
+        yield
+    except SystemExit as stop:
+        said = termination.classify(stop)
+        termination.write(said)
+        raise
+    except Exception as error:
+        said = termination.classify(error)
+        if isinstance(error, DamagedCheckpointError):
+            said = said.model_copy(update={"cause": "data"})
+        termination.write(said)
+        code = termination.exit_code(said)
+        if code is ExitCode.FAILED:
+            raise
+        click.echo(f"Error: {said.message}", err=True)
+        sys.exit(int(code))

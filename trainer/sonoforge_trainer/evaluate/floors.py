@@ -1,0 +1,97 @@
+"""Floors: the same protocols on features that nobody learned. A backbone that is not above them has learned nothing.
+
+* raw-pixels: a 32 x 32 thumbnail; the pixels of a patch for segmentation
+* hog: histograms of oriented gradients (Dalal and Triggs, 2005), 9 orientations, cells of 8 pixels at 128 x 128
+* mean-mask: the mean mask of the training images, its threshold chosen on validation; the image is not looked at
+
+The floor with random weights is the checkpoint of step 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sonoforge_trainer.contract import Evaluation, Protocol, Score
+from sonoforge_trainer.evaluate.dataset import select
+from sonoforge_trainer.evaluate.features import PIXEL_SIDE, FeatureModel, Inputs, PixelModel
+from sonoforge_trainer.evaluate.metrics import Floats
+from sonoforge_trainer.evaluate.overlap import foreground_dice, overlap_scores
+from sonoforge_trainer.evaluate.problem import best
+from sonoforge_trainer.evaluate.protocols import Clock, Material, named_scores, run_protocols, segment_problem_of
+from sonoforge_trainer.evaluate.run import gather
+from sonoforge_trainer.evaluate.segment import SegmentProblem, class_shares, confusions
+from sonoforge_trainer.shards.reader import read_manifest
+from sonoforge_trainer.storage import Storage
+
+_CELL, _ORIENTATIONS = 8, 9
+_THRESHOLDS = tuple(round(0.05 * n, 2) for n in range(1, 16))
+
+
+class HogModel:
+    """Histograms of oriented gradients."""
+
+    channels, resolution, grid = 1, PIXEL_SIDE, (PIXEL_SIDE // _CELL,) * 2
+    inputs: Inputs = {name: {"hog": ("hog",)} for name in ("knn", "linear", "logreg", "fewshot")}
+
+    def __call__(self, images_u8: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Normalised blocks of 2 x 2 cells [n, d]; the histogram of each cell as patch features."""
+        images = images_u8.float() / 255
+        padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="replicate")
+        dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]).squeeze(1)
+        dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]).squeeze(1)
+        # Unsigned orientation in bins; a gradient between two bin centres is shared by both.
+        position = torch.atan2(dy, dx).remainder(math.pi) / math.pi * _ORIENTATIONS - 0.5
+        lower, share = position.floor(), position - position.floor()
+        magnitude = torch.hypot(dx, dy)
+        votes = torch.zeros(len(images), _ORIENTATIONS, *magnitude.shape[1:])
+        for offset, part in ((0, 1 - share), (1, share)):
+            bins = (lower.long() + offset).remainder(_ORIENTATIONS)
+            votes.scatter_add_(1, bins.unsqueeze(1), (magnitude * part).unsqueeze(1))
+        cells = torch.nn.functional.avg_pool2d(votes, _CELL)
+        blocks = torch.nn.functional.unfold(cells, 2).transpose(1, 2)
+        return {"hog": torch.nn.functional.normalize(blocks, dim=2).flatten(1)}, cells.flatten(2).transpose(1, 2)
+
+
+def floors(evaluation: Evaluation, storage: Storage) -> dict[str, Score]:
+    """Scores of every floor as `FLOOR:NAME-PROTOCOL/METRIC`, for example `raw-pixels:planes-knn/f1_macro`.
+
+    Health is left out. Deterministic, on the CPU. Raises what `evaluate` raises for the data set.
+    """
+    manifest = read_manifest(evaluation.shards, storage)
+    protocols: list[Protocol] = [name for name in evaluation.protocols if name != "health"]
+    models: Mapping[str, FeatureModel] = {"raw-pixels": PixelModel(), "hog": HogModel()}
+    found: dict[str, Score] = {}
+    for floor, model in models.items():
+        gathered = gather(evaluation.shards, model, manifest, storage, None)
+        selection = select(gathered.table, evaluation)
+        material = Material(evaluation, model, gathered.features, selection, torch.device("cpu"))
+        scores = named_scores(run_protocols(material, Clock(), protocols))
+        found |= {f"{floor}:{evaluation.name}-{name}": score for name, score in scores.items()}
+    if "segment-probe" in protocols:
+        scores = mean_mask(segment_problem_of(material), resamples=evaluation.bootstrap, seed=evaluation.seed)
+        found |= {f"mean-mask:{evaluation.name}-segment-probe/{name}": score for name, score in scores.items()}
+    return found
+
+
+def mean_mask(problem: SegmentProblem, *, resamples: int, seed: int) -> dict[str, Score]:
+    """Overlap of every test mask with the mean training mask, seen at the resolution of the patch grid."""
+    classes, patches = len(problem.classes), problem.grid[0] * problem.grid[1]
+    shares = [class_shares(problem.mask("train", i), classes, problem.grid) for i in range(len(problem.masks["train"]))]
+    mean = torch.stack(shares).mean(0).numpy()
+
+    def predict(rows: Floats) -> Mapping[str, Floats]:
+        # The background wins where no class is above the threshold.
+        return {
+            f"threshold={t:g}": np.tile(np.c_[np.full(patches, t), mean[:, 1:]], (len(rows) // patches, 1))
+            for t in _THRESHOLDS
+        }
+
+    val = confusions(problem, "val", predict, range(len(problem.masks["val"])))
+    chosen = best({name: foreground_dice(counts) for name, counts in val.items()})
+    test = confusions(problem, "test", lambda rows: {chosen: predict(rows)[chosen]}, range(len(problem.masks["test"])))
+    return overlap_scores(test[chosen], problem.groups["test"], resamples=resamples, seed=seed)
