@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import datetime
 
 import pytest
 from click.testing import CliRunner
@@ -122,15 +123,28 @@ def test_a_prune_that_ends_anywhere_is_finished_by_the_next(folder, changes):
     assert _names_of(folder, first) == ["PRUNED", "model-card.json"]
 
 
-def test_prefixes_without_a_commit_are_swept_after_a_day(place):
-    first, second = place.save(1, 2)
+def _created(ref) -> float:
+    return datetime.fromisoformat(ref.created).timestamp()
+
+
+def test_a_prefix_without_commit_is_swept_a_day_after_its_group_committed_a_later_step(place):
+    first, second, third = place.save(1, 2, 3)
     place.storage.delete(f"{second.uri}/COMMIT")
-    modified = max(info.modified for info in place.storage.list(second.uri + "/"))
-    young = prune(place.store(), now=modified + DAY - 1)
+    young = prune(place.store(), now=_created(third) + DAY - 1)
     assert (young.swept, len(_names_of(place, second))) == ((), 4)
-    old = prune(place.store(), now=modified + DAY + 1)
+    old = prune(place.store(), now=_created(third) + DAY + 1)
     assert (old.swept, _names_of(place, second)) == ((second.uri,), [])
-    assert place.store().committed() == [first]
+    assert place.store().committed() == [first, third]
+
+
+def test_what_may_still_be_uploading_is_never_swept(folder):
+    (_, second) = folder.save(1, 2, attempt="B1")
+    folder.storage.delete(f"{second.uri}/COMMIT")
+    folder.save(9, attempt="A1")
+    assert prune(folder.store(), now=NOW + 1000 * DAY).swept == (), "neither a later step of B1, nor a later group"
+    (later,) = folder.save(1, attempt="C1")
+    assert prune(folder.store(), now=_created(later) + DAY - 1).swept == ()
+    assert prune(folder.store(), now=_created(later) + DAY + 1).swept == (second.uri,)
 
 
 def test_quarantined_checkpoints_are_neither_swept_nor_pruned(folder):

@@ -113,7 +113,7 @@ def prune(uri: str, keep: tuple[str, ...], delete: tuple[str, ...]) -> None:
     """Delete the state of checkpoints, after a full read of a newer one that stays.
 
     Scores (eval/), logs and model cards stay. Also finishes what an interrupted prune began, and removes prefixes
-    without a COMMIT whose newest object is older than 24 hours.
+    without a COMMIT that were given up more than 24 hours ago.
     """
     store = CheckpointStore(Storage.from_env(), uri)
     pruned = prune_checkpoints(store, now=time.time(), keep=keep or None, delete=delete or None)

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
 
 import structlog
 
 from sonoforge_trainer.checkpoint.errors import DamagedCheckpointError, UnknownCheckpointError
 from sonoforge_trainer.checkpoint.store import PRUNED, CheckpointStore, Prefix
-from sonoforge_trainer.contract import COMMIT, MANIFEST, QUARANTINE, TEACHER, CheckpointRef
+from sonoforge_trainer.contract import COMMIT, MANIFEST, QUARANTINE, TEACHER, CheckpointRef, parse_prefix
 
 SWEEP_AFTER_SECONDS = 24 * 3600.0
-"""Age of its newest object at which an uncommitted prefix counts as left behind."""
+"""How long an uncommitted prefix must have been given up before it is removed."""
 
 _log = structlog.get_logger(__name__)
 
@@ -31,7 +32,7 @@ class Pruned:
     verified: str | None
     """The checkpoint whose full read allowed the deletions; None where there was nothing to delete."""
     deleted: tuple[str, ...]
-    """Ids of the checkpoints whose state is gone, those that were finished for an earlier prune among them."""
+    """Ids of the checkpoints whose state was deleted, or what an earlier prune had left of it."""
     swept: tuple[str, ...]
     """URIs of uncommitted prefixes that were removed."""
 
@@ -55,19 +56,20 @@ def prune(
     if delete is not None and keep is not None:
         raise ValueError("give the checkpoints to delete or the ones to keep, not both")
     committed = store.committed()
-    prefixes = list(store.prefixes())
-    doomed = _doomed(committed, _pruned_ids(store, prefixes), delete, keep)
+    doomed = _doomed(committed, {ref.id for ref in _pruned(store)}, delete, keep)
     verified = _verify_newer(store, committed, doomed) if doomed else None
-    deleted = []
     for ref in doomed:
         store.storage.write(f"{ref.uri}/{PRUNED}", ref.to_json().encode())
-        deleted.append(ref.id)
-    for prefix in store.prefixes():
-        if PRUNED in prefix.objects and (leftover := _state_objects(prefix)):
+    prefixes = {prefix.uri: prefix for prefix in store.prefixes()}
+    deleted = []
+    for ref in _pruned(store):
+        if leftover := _state_objects(prefixes[ref.uri]):
             for name in leftover:
-                store.storage.delete(f"{prefix.uri}/{name}")
-            _log.info("checkpoint pruned", uri=prefix.uri)
-    return Pruned(verified.id if verified else None, tuple(deleted), _sweep(store, now))
+                store.storage.delete(f"{ref.uri}/{name}")
+            deleted.append(ref.id)
+            _log.info("checkpoint pruned", id=ref.id)
+    swept = _sweep(store, now)
+    return Pruned(verified.id if verified else None, tuple(deleted), swept)
 
 
 def _doomed(
@@ -114,11 +116,27 @@ def _state_objects(prefix: Prefix) -> list[str]:
 
 
 def _sweep(store: CheckpointStore, now: float) -> tuple[str, ...]:
+    """Remove the uncommitted prefixes that were given up long ago.
+
+    A process group has one upload in flight at a time, so a prefix was given up at the latest when its group, or a
+    group that replaced it (attempts sort by time), committed another step. That moment must be a day ago. Nothing here
+    depends on what a server says about times of objects.
+    """
+    commits = [
+        (place, datetime.fromisoformat(ref.created).timestamp())
+        for ref in store.committed() + _pruned(store)
+        if (place := parse_prefix(ref.uri))
+    ]
     swept = []
     for prefix in store.prefixes():
         if prefix.objects.keys() & {COMMIT, PRUNED, QUARANTINE}:
             continue
-        if now - max(info.modified for info in prefix.objects.values()) < SWEEP_AFTER_SECONDS:
+        given_up = [
+            created
+            for (step, attempt), created in commits
+            if attempt > prefix.attempt or (attempt == prefix.attempt and step > prefix.step)
+        ]
+        if not given_up or now - min(given_up) < SWEEP_AFTER_SECONDS:
             continue
         for name in sorted(prefix.objects):
             store.storage.delete(f"{prefix.uri}/{name}")
@@ -127,9 +145,10 @@ def _sweep(store: CheckpointStore, now: float) -> tuple[str, ...]:
     return tuple(swept)
 
 
-def _pruned_ids(store: CheckpointStore, prefixes: list[Prefix]) -> set[str]:
-    return {
-        CheckpointRef.from_json(store.storage.read(f"{prefix.uri}/{PRUNED}")).id
-        for prefix in prefixes
+def _pruned(store: CheckpointStore) -> list[CheckpointRef]:
+    """The references of the checkpoints that were pruned, or whose pruning was begun."""
+    return [
+        CheckpointRef.from_json(store.storage.read(f"{prefix.uri}/{PRUNED}")).model_copy(update={"uri": prefix.uri})
+        for prefix in store.prefixes()
         if PRUNED in prefix.objects
-    }
+    ]

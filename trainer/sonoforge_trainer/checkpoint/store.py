@@ -8,7 +8,6 @@ never deleted.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -323,8 +322,3 @@ def merge(uri: str, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
             raise DamagedCheckpointError(uri, "two parts hold the same tensor")
         tensors.update(named)
     return tensors
-
-
-def parse_ref(body: bytes) -> CheckpointRef:
-    """The CheckpointRef in a PRUNED object. Raises ContractError."""
-    return CheckpointRef.parse(json.loads(body))
