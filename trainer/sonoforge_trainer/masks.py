@@ -1,8 +1,8 @@
 """iBOT block masks whose number of masked patches never changes, so that every step has the same shapes.
 
 As in DINOv2, half of the global crops are masked (`MaskConfig.probability`), by rectangles of log-uniform aspect ratio
-in 0.3 to 1/0.3 and at least 4 patches. DINOv2 draws each crop's target from one of equal slices of the ratio range; here
-the targets are the middles of those slices, and each is met exactly: single patches complete what rectangles leave over.
+in 0.3 to 1/0.3 and at least 4 patches. DINOv2 draws each crop's target from one of equal slices of the ratio range;
+here the targets are the middles of those slices, and each is met exactly: single patches complete the rectangles.
 """
 
 from __future__ import annotations

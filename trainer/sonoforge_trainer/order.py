@@ -36,6 +36,17 @@ class Piece(NamedTuple):
     places: int
 
 
+class Places(NamedTuple):
+    """The samples of one virtual rank in one step."""
+
+    ordinals_b: Ints
+    """Position of each sample in the manifest."""
+    epochs_b: Ints
+    """Epoch of the virtual rank's stream that each belongs to."""
+    substituted_b: NDArray[np.bool_]
+    """Whether it takes the place of one that the clip rule leaves out."""
+
+
 class Order:
     """The sample order of a run. Cheap to make, picklable, safe to use from several threads; it caches segments.
 
@@ -86,8 +97,25 @@ class Order:
 
     def micro_batch(self, step: int, virtual_rank: int) -> tuple[Ints, Ints]:
         """Ordinals and epochs [B] of the samples that a virtual rank sees in a step (counted from 0)."""
-        ordinals_b, epochs_b, _ = self._assemble(step, virtual_rank)
-        return ordinals_b, epochs_b
+        return self.places(step, virtual_rank)[:2]
+
+    def places(self, step: int, virtual_rank: int) -> Places:
+        """What a virtual rank sees in a step (counted from 0)."""
+        rank = virtual_rank
+        pieces = self._pieces(step, rank)
+        ordinals_b = np.concatenate([self._segment(p.epoch, rank)[1][p.first : p.first + p.places] for p in pieces])
+        epochs_b = np.repeat([p.epoch for p in pieces], [p.places for p in pieces])
+        # Clips come twice only where more than two segments meet, in a data set of a few micro-batches.
+        clips_b = np.where(ordinals_b >= 0, self._clips_n[ordinals_b], -1)
+        substituted_b = np.ones(len(clips_b), dtype=bool)
+        substituted_b[np.unique(clips_b, return_index=True)[1]] = False
+        substituted_b |= ordinals_b < 0
+        missing = np.flatnonzero(substituted_b)
+        clips_b[missing] = -1
+        for slot in missing:
+            ordinals_b[slot] = self._substitute(step, rank, int(slot), int(epochs_b[slot]), clips_b)
+            clips_b[slot] = self._clips_n[ordinals_b[slot]]
+        return Places(ordinals_b, epochs_b, substituted_b)
 
     def substitutions(self, epoch: int, virtual_rank: int | None = None) -> int:
         """How many samples of an epoch are left out for others, in one virtual rank's segment or in all of them.
@@ -99,7 +127,7 @@ class Order:
         total = 0
         start, end = self._bounds(epoch, virtual_rank)
         for step in range(start // self.micro_batch_size, -(-end // self.micro_batch_size)):
-            _, epochs_b, substituted_b = self._assemble(step, virtual_rank)
+            _, epochs_b, substituted_b = self.places(step, virtual_rank)
             total += int(np.sum(substituted_b & (epochs_b == epoch)))
         return total
 
@@ -235,22 +263,6 @@ class Order:
                     self._segments.popitem(last=False)
             self._segments.move_to_end(key)
             return self._segments[key]
-
-    def _assemble(self, step: int, rank: int) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-        pieces = self._pieces(step, rank)
-        ordinals_b = np.concatenate([self._segment(p.epoch, rank)[1][p.first : p.first + p.places] for p in pieces])
-        epochs_b = np.repeat([p.epoch for p in pieces], [p.places for p in pieces])
-        # Clips come twice only where more than two segments meet, in a data set of a few micro-batches.
-        clips_b = np.where(ordinals_b >= 0, self._clips_n[ordinals_b], -1)
-        substituted_b = np.ones(len(clips_b), dtype=bool)
-        substituted_b[np.unique(clips_b, return_index=True)[1]] = False
-        substituted_b |= ordinals_b < 0
-        missing = np.flatnonzero(substituted_b)
-        clips_b[missing] = -1
-        for slot in missing:
-            ordinals_b[slot] = self._substitute(step, rank, int(slot), int(epochs_b[slot]), clips_b)
-            clips_b[slot] = self._clips_n[ordinals_b[slot]]
-        return ordinals_b, epochs_b, substituted_b
 
     def _substitute(self, step: int, rank: int, slot: int, epoch: int, present: Ints) -> int:
         """A sample of the segment, or else of the data set, whose clip is not in the micro-batch."""

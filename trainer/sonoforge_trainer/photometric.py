@@ -13,7 +13,7 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sonoforge_trainer.contract import AugmentConfig
@@ -87,12 +87,12 @@ class Photometrics:
 
 
 def draw(
-    uniforms_n9: NDArray[np.float64], augment: AugmentConfig, blur: Sequence[float], solarize: Sequence[float]
+    uniforms_n9: NDArray[np.float64], augment: AugmentConfig, blur_n: ArrayLike, solarize_n: ArrayLike
 ) -> NDArray[np.float32]:
     """`Photometrics.values_n7` of n crops from uniform numbers [n, 9].
 
-    `blur` and `solarize` hold the probability for each crop. One number decides whether a crop is jittered; the four
-    factors then apply together, as torchvision's ColorJitter inside RandomApply.
+    `blur_n` and `solarize_n` hold the probability for each crop. One number decides whether a crop is jittered; the
+    four factors then apply together, as torchvision's ColorJitter inside RandomApply.
     """
     u = uniforms_n9.T
     values_n7 = np.zeros((len(uniforms_n9), len(_Column)), dtype=np.float32)
@@ -107,8 +107,8 @@ def draw(
     values_n7[:, _Column.HUE] = np.where(jittered_n, augment.hue * (2 * u[4] - 1), 0)
     values_n7[:, _Column.GRAYSCALE] = u[5] < augment.grayscale
     low, high = augment.blur_sigma
-    values_n7[:, _Column.BLUR_SIGMA] = np.where(u[6] < np.asarray(blur), low + (high - low) * u[7], 0)
-    values_n7[:, _Column.SOLARIZE] = u[8] < np.asarray(solarize)
+    values_n7[:, _Column.BLUR_SIGMA] = np.where(u[6] < np.asarray(blur_n), low + (high - low) * u[7], 0)
+    values_n7[:, _Column.SOLARIZE] = u[8] < np.asarray(solarize_n)
     return values_n7
 
 
