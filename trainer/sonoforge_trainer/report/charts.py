@@ -35,9 +35,12 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, log_y: boo
     if not finite:
         return ""
     scale = math.log10 if log_y else float
-    x_ticks = ticks(min(x for x, _ in finite), max(x for x, _ in finite))
+    x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
+    x_span = (x_low, x_high) if x_high > x_low else (x_low - 1, x_low + 1)
+    x_ticks = [tick for tick in ticks(*x_span) if x_span[0] <= tick <= x_span[1]]
     y_ticks = ticks(min(scale(y) for _, y in finite), max(scale(y) for _, y in finite))
-    x_span, y_span = (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1])
+    y_span = (y_ticks[0], y_ticks[-1])
+    x_step, y_step = _step(x_ticks), _step(y_ticks)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_span[0]) / (x_span[1] - x_span[0])
@@ -52,11 +55,14 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, log_y: boo
         value = 10**tick if log_y else tick
         _, y = place(x_span[0], value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
+        label = _number(value, None if log_y else y_step)
+        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     bottom = 10 ** y_span[0] if log_y else y_span[0]
     for tick in x_ticks:
         x, y = place(tick, bottom)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{_number(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{_number(tick, x_step)}</text>'
+        )
     parts.append(
         f'<text class="tick" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
@@ -104,10 +110,16 @@ def _finite_runs(points: Sequence[tuple[float, float]], *, log_y: bool) -> list[
     return [run for run in runs if run]
 
 
-def _number(value: float) -> str:
-    if value == 0:
-        return "0"
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+def _step(marks: Sequence[float]) -> float | None:
+    return marks[1] - marks[0] if len(marks) > 1 else None
+
+
+def _number(value: float, step: float | None = None) -> str:
+    """A short number; with a step, as many decimals as it takes to tell neighbours apart."""
+    for limit, unit, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / (1e3 if suffix == 'k' else limit):g}{suffix}"
-    return f"{value:.4g}"
+            return f"{value / unit:g}{suffix}"
+    if step is None or abs(value) >= 1000:
+        return f"{value:.4g}"
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return f"{value:.{decimals}f}" if decimals <= 6 else f"{value:.3g}"
