@@ -14,6 +14,7 @@ import hmac
 import json
 import os
 import signal
+import sys
 import tempfile
 import threading
 import uuid
@@ -124,6 +125,9 @@ class Door(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """See base class. A visitor that hangs up is no news."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            log.error("http-failed", exception=type(error).__name__)
 
 
 class _Visitor(BaseHTTPRequestHandler):

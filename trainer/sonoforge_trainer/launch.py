@@ -68,9 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _raise_signal)
     try:
         agent, handler = _build(options, context)
+        return _run(agent, handler)
+    except _ToldToEndError:
+        return _end(Termination(cause="terminated", message="Ended by SIGTERM before workers ran."))
     except ValueError as error:  # of torch's parsers and ours, about the options alone
         return _end(Termination(cause="config", message=str(error), exception=type(error).__name__))
-    return _run(agent, handler)
 
 
 def _run(agent: NodeAgent, handler: ElasticHandler) -> int:
@@ -79,6 +81,9 @@ def _run(agent: NodeAgent, handler: ElasticHandler) -> int:
 
     try:
         result = agent.run()
+    except _ToldToEndError:
+        handler.leave()
+        raise
     except SignalException as ended:
         handler.leave()  # not closed: the others go on without this node
         return _end(
@@ -104,20 +109,19 @@ def _run(agent: NodeAgent, handler: ElasticHandler) -> int:
 def _build(options: argparse.Namespace, context: dict[str, str]) -> tuple[NodeAgent, ElasticHandler]:
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.rendezvous import RendezvousParameters
-    from torch.distributed.run import parse_min_max_nnodes
 
     from sonoforge_trainer.agent import NodeAgent
     from sonoforge_trainer.rendezvous import BACKEND, ElasticHandler, create_handler
 
     logs.adopt_torch()
-    minimum, maximum = parse_min_max_nnodes(options.nodes)
+    minimum, _, maximum = options.nodes.partition(":")
     handler = create_handler(
         RendezvousParameters(
             BACKEND,
             options.endpoint,
             options.attempt,
-            minimum,
-            maximum,
+            int(minimum),
+            int(maximum or minimum),
             options.local_addr,
             keep_alive_interval=options.keep_alive,
             keep_alive_max_attempt=options.keep_alive_misses,
@@ -162,10 +166,12 @@ def _prepare_environment(options: argparse.Namespace) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def _raise_signal(number: int, frame: FrameType | None) -> None:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+class _ToldToEndError(BaseException):
+    """SIGTERM before workers run. torch's own exception cannot be loaded from inside a signal handler."""
 
-    raise SignalException("told to end", signal.Signals(number))
+
+def _raise_signal(number: int, frame: FrameType | None) -> None:
+    raise _ToldToEndError
 
 
 def _end(ending: Termination) -> int:
