@@ -8,6 +8,7 @@ same bytes, and against waiting for the commit, which is what a synchronous chec
 """
 
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -61,6 +62,7 @@ def measure(training: TrainConfig, saves: int, folder: Path) -> dict[str, float]
         assert result is not None
         assert result.ref is not None, result.error
         results.append(result)
+        shutil.rmtree(folder / f"step-{step:010d}")
     source_u8 = torch.zeros(results[0].bytes, dtype=torch.uint8)
     target_u8 = torch.ones_like(source_u8)
     copies = []
