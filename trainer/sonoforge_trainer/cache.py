@@ -20,10 +20,11 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, ClassVar, NamedTuple
 
 import structlog
 
+from sonoforge_trainer.contract.exits import Cause
 from sonoforge_trainer.storage import IntegrityError, ObjectChangedError, ObjectNotFoundError, Storage
 
 _log = structlog.get_logger(__name__)
@@ -35,6 +36,8 @@ _OWNER = "owner"
 
 class DataError(ValueError):
     """A shard is missing or damaged: `ExitCode.DATA`. The message names the object and says what to do."""
+
+    termination_cause: ClassVar[Cause] = "data"
 
 
 class ShardFile(NamedTuple):

@@ -27,7 +27,9 @@ def decode(data: bytes | bytearray, channels: int) -> NDArray[np.uint8]:
             if image.mode.startswith(("I", "F")):
                 raise CorruptImageError("the image has more than 8 bits a channel")  # noqa: TRY301 - one way out
             image.draft(mode, image.size)
-            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+            # Pillow warns of palettes with transparency that go to gray or RGB at once.
+            whole = image.convert("RGBA") if image.mode == "P" else image
+            pixels = np.asarray(whole if whole.mode == mode else whole.convert(mode))
     except CorruptImageError:
         raise
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error ...
