@@ -126,6 +126,11 @@ class LocalPort:
             _write_atomically(path, Endpoints(host="127.0.0.1", store_port=_port(), http_port=_port()).to_json())
         return Endpoints.from_json(path.read_text(), where=str(path))
 
+    def adopt(self, file: JobFile) -> None:
+        """Go on with a changed job. Raises ContractError where what changed is immutable; nothing is then changed."""
+        self._config = self._keep_config(file.run_config(self._config.uid))
+        self.file = file
+
     def read_status(self) -> JobStatus:
         """The status as last written."""
         path = self.folder / "status.json"
@@ -253,7 +258,7 @@ class LocalPort:
         wanted = {child.name: child for child in plan.children}
         for name in self._known():
             if name not in wanted:
-                self._remove(name)
+                self._remove(name, at_once=name in plan.kill)
         for request in plan.requests:
             self._send(request)
         known = set(self._known())
@@ -330,7 +335,7 @@ class LocalPort:
     def _mark(self, name: str) -> str:
         return f"{self.folder.resolve()}/{name}"
 
-    def _remove(self, name: str) -> None:
+    def _remove(self, name: str, *, at_once: bool = False) -> None:
         """Stop a child that is not wanted, and forget it once it is gone. Called again until it is."""
         if not self._running(name):
             for process in self._family(name):
@@ -342,7 +347,9 @@ class LocalPort:
             return
         now = time.monotonic()
         asked = self._stopping.setdefault(name, now)
-        if asked == now:
+        if at_once:
+            self._signal(name, signal.SIGKILL)
+        elif asked == now:
             self._signal(name, signal.SIGTERM)
         elif now - asked > _GRACE_SECONDS.get(name.split("-")[0], 10.0):
             self._signal(name, signal.SIGKILL)

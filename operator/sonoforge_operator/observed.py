@@ -78,6 +78,8 @@ class Plan:
     """Every child that should exist."""
     status: JobStatus
     """The status to write, before any child is touched."""
+    kill: frozenset[str] = frozenset()
+    """Children that are stopped without time to save."""
     requests: tuple[Request, ...] = ()
     """What to ask the coordinator for."""
     events: tuple[Event, ...] = ()

@@ -48,13 +48,22 @@ def plan(job: JobFile, observed: Observed, now: float) -> Plan:
     if observed.status.terminal:
         return Plan(children=(), status=observed.status, wake_after=float("inf"))
     current = _Pass(job, observed, now, observed.status)
-    for part in (_accept, _read_progress, _count_coordinator, _count_workers, _watch_for_stalls, _score_checkpoints):
+    for part in (
+        _accept,
+        _resize,
+        _read_progress,
+        _count_coordinator,
+        _count_workers,
+        _watch_for_stalls,
+        _score_checkpoints,
+    ):
         current = part(current)
     for part in (_choose_best, _decide_outcome, _retire_checkpoints, _finish):
         current = part(current)
     status = _with_conditions(current)
     return Plan(
-        children=() if status.terminal else tuple(_children(job, status, workers_run=_any_worker_runs(observed))),
+        children=() if status.terminal else tuple(_children(job, status, observed)),
+        kill=frozenset(n for n in observed.children if _attempt_of(n) and _attempt_of(n) <= status.failed_attempt),
         status=status,
         requests=current.requests,
         events=current.events,
@@ -68,6 +77,21 @@ def _accept(at: _Pass) -> _Pass:
     spec = at.job.job.spec
     message = f"{spec.training.recipe.steps} steps of {spec.training.recipe.global_batch} images"
     return at.update(Event("Accepted", message), started=at.now, attempt_started=at.now)
+
+
+def _resize(at: _Pass) -> _Pass:
+    """Start a new attempt where the spec asks for another size. The old one saves a checkpoint on leaving."""
+    wanted = at.job.job.spec.workers
+    if at.status.workers == wanted:
+        return at
+    if at.status.workers is None:
+        return at.update(workers=wanted)
+    event = Event("Resized", f"{wanted.min_nodes} to {wanted.max_nodes} nodes of {wanted.gpus_per_node} processes")
+    return _next_attempt(at.update(event, workers=wanted))
+
+
+def _next_attempt(at: _Pass) -> _Pass:
+    return at.update(attempt=at.status.attempt + 1, worker_deaths=(), attempt_started=at.now, replaced=at.now)
 
 
 def _read_progress(at: _Pass) -> _Pass:
@@ -133,7 +157,7 @@ def _count_workers(at: _Pass) -> _Pass:
     finished = [f for _, f, failure in failures if failure.cause == "finished"]
     if finished and len(finished) == len(_worker_facts(at)) and not _last_checkpoint_is_known(at):
         # They ended well, but nobody saw the last report: a fresh group reads it back from storage and reports again.
-        return at.update(attempt=at.status.attempt + 1, worker_deaths=(), attempt_started=at.now, replaced=at.now)
+        return _next_attempt(at)
     return at
 
 
@@ -173,9 +197,7 @@ def _restart(at: _Pass, failure: rules.Failure) -> _Pass:
     event = Event(
         "Restarted", f"attempt {at.status.attempt + 1} after {failure.cause}: {failure.message}", warning=True
     )
-    return counted.update(
-        event, attempt=at.status.attempt + 1, worker_deaths=(), attempt_started=at.now, replaced=at.now
-    )
+    return _next_attempt(counted.update(event, failed_attempt=at.status.attempt))
 
 
 def _watch_for_stalls(at: _Pass) -> _Pass:
@@ -314,12 +336,13 @@ def _with_conditions(at: _Pass) -> JobStatus:
 # --- children: every name follows from the status ---------------------------------------------------------------------
 
 
-def _children(job: JobFile, status: JobStatus, *, workers_run: bool) -> Iterable[Child]:
+def _children(job: JobFile, status: JobStatus, observed: Observed) -> Iterable[Child]:
     training = status.outcome is None and not job.job.spec.suspend
-    if training or workers_run or not job.job.spec.suspend:
+    if _any_worker_runs(observed) or not job.job.spec.suspend:
         # It outlives the workers, so that their last report, with the last checkpoint, is still read.
         yield Child(_coordinator_name(status), "coordinator")
-    if training:
+    older = any(f.running and 0 < _attempt_of(name) < status.attempt for name, f in observed.children.items())
+    if training and not older:  # the older group may still be saving the checkpoint to start from
         for index, deaths in enumerate(_deaths(status, job)):
             yield Child(_worker_name(status.attempt, index, deaths), "worker", attempt=status.attempt, index=index)
     for checkpoint in status.checkpoints:
@@ -338,6 +361,11 @@ def _coordinator_name(status: JobStatus) -> str:
 
 def _worker_name(attempt: int, index: int, deaths: int) -> str:
     return f"worker-{attempt:03d}-{index:04d}-{deaths:03d}"
+
+
+def _attempt_of(name: str) -> int:
+    """Attempt of a worker by its name; 0 for other children."""
+    return int(name.split("-")[1]) if name.startswith("worker-") else 0
 
 
 def _evaluation_name(evaluation: EvaluationStatus) -> str:

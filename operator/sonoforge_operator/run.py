@@ -18,7 +18,7 @@ from sonoforge_operator.local import LocalError, LocalPort
 from sonoforge_operator.plan import plan
 from sonoforge_operator.status import JobStatus
 from sonoforge_operator.summary import summarise
-from sonoforge_trainer.contract import ExitCode, canonical_json
+from sonoforge_trainer.contract import ContractError, ExitCode, canonical_json
 
 
 class _Told(Exception):  # noqa: N818 - not an error: somebody asked the runner to end
@@ -47,7 +47,7 @@ def command(job_file: Path, state: Path | None, quiet: bool) -> None:
         raise click.ClickException(str(error)) from None
     with make_display(file, quiet=quiet) as display:
         try:
-            status = follow(port, display)
+            status = follow(port, display, job_file)
         except _Told:
             display.say("stopping: workers save a checkpoint; run the same command to continue")
             port.stop_everything()
@@ -58,9 +58,13 @@ def command(job_file: Path, state: Path | None, quiet: bool) -> None:
     sys.exit(ExitCode.OK if status.phase == "Succeeded" else ExitCode.FAILED)
 
 
-def follow(port: LocalPort, display: Display) -> JobStatus:
-    """Observe, plan, record, apply, until the job is over. Returns the last status."""
+def follow(port: LocalPort, display: Display, job_file: Path) -> JobStatus:
+    """Observe, plan, record, apply, until the job is over. Returns the last status.
+
+    The job file is read again when it changes: its mutable parts can be edited while the job runs.
+    """
     told = False
+    text = job_file.read_text()
 
     def tell(number: int, frame: FrameType | None) -> None:
         nonlocal told
@@ -69,6 +73,7 @@ def follow(port: LocalPort, display: Display) -> JobStatus:
     before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while True:
+            text = _reread(port, display, job_file, text)
             now = time.time()
             decided = plan(port.file, port.observe(), now)
             port.record(decided.status, decided.events, now)
@@ -82,6 +87,21 @@ def follow(port: LocalPort, display: Display) -> JobStatus:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _reread(port: LocalPort, display: Display, job_file: Path, before: str) -> str:
+    try:
+        text = job_file.read_text()
+    except OSError:
+        return before  # moved or being replaced: what is running goes on
+    if text != before:
+        try:
+            port.adopt(parse_job_file(text, where=str(job_file)))
+        except ContractError as error:
+            display.say(f"the changed job file is not used: {error}")
+        else:
+            display.say("the job file changed; going on with the new one")
+    return text
 
 
 def write_report(port: LocalPort, status: JobStatus) -> Path:

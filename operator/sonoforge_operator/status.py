@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from sonoforge_operator.api import Workers
 from sonoforge_trainer.contract import CheckpointRef, Evaluation, EvaluationRequest, Part, Progress, Score
 
 Phase = Literal["Pending", "Running", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
@@ -93,6 +94,10 @@ class JobStatus(Part):
     """All conditions."""
     attempt: int = 1
     """Number of the process group; a full restart raises it. It is in child names, logs and checkpoints."""
+    workers: Workers | None = None
+    """Size of the attempt; where the spec asks for another, a new attempt starts from a checkpoint made on leaving."""
+    failed_attempt: int = 0
+    """Newest attempt that was given up after a failure; what is left of it is killed and not asked to save."""
     worker_deaths: tuple[int, ...] = ()
     """For each node, how often its process ended and was replaced in this attempt."""
     coordinator_deaths: int = 0

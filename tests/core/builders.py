@@ -56,7 +56,7 @@ def said_scores(value: float) -> Termination:
 
 @dataclass
 class World:
-    """Children and a coordinator that obey the plan. Children stay until they are told to end."""
+    """Children and a coordinator that obey the plan. Unwanted children go at once, but for `keep_unwanted`."""
 
     file: JobFile = field(default_factory=job)
     status: JobStatus = field(default_factory=JobStatus)
@@ -66,6 +66,8 @@ class World:
     started: list[str] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     last: Plan | None = None
+    keep_unwanted: str = ""
+    """Prefix of children that take their time to leave."""
 
     def turn(self, seconds: float = 1.0) -> Plan:
         """One pass: plan, write the status, start and stop children."""
@@ -76,7 +78,8 @@ class World:
         self.events += [e.reason for e in decided.events]
         wanted = {c.name for c in decided.children}
         for name in set(self.children) - wanted:
-            del self.children[name]
+            if not (self.keep_unwanted and name.startswith(self.keep_unwanted)):
+                del self.children[name]
         for name in sorted(wanted - set(self.children)):
             self.children[name] = ChildFact(name=name, running=True, started=self.now)
             self.started.append(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from builders import World, checkpoint, job, said_scores
 
-from sonoforge_operator.api import EvaluationPolicy, NameRef
+from sonoforge_operator.api import EvaluationPolicy, NameRef, Workers
 from sonoforge_trainer.contract import Activity, CheckpointConfig, Termination
 
 
@@ -81,7 +81,8 @@ def test_an_application_error_restarts_the_whole_group_and_the_budget_ends_the_j
     world.turn()
     said = Termination(cause="application", exception="KeyError", message="boom", step=7)
     for attempt in (2, 3):
-        world.end("worker-001-0000" if attempt == 2 else f"worker-{attempt - 1:03d}-0000", 1, said)
+        world.end(f"worker-{attempt - 1:03d}-0000", 1, said)
+        world.turn()
         world.turn()
         assert world.running("worker-") == [f"worker-{attempt:03d}-0000-000", f"worker-{attempt:03d}-0001-000"]
     world.end("worker-003-0000", 1, said)
@@ -251,6 +252,31 @@ def test_a_run_that_stops_stepping_is_started_over_as_a_new_attempt():
     assert world.status.attempt == 2
     assert world.status.restarts == {"stall": 1}
     assert "Restarted" in world.events
+
+
+def test_a_new_size_starts_a_new_attempt_once_the_old_one_has_saved_and_left():
+    world = World(keep_unwanted="worker-001")
+    world.turn()
+    world.report(10, 10)
+    world.turn()
+    world.file = job(workers=Workers(min_nodes=1, max_nodes=3))
+    plan = world.turn()
+    assert world.running("worker-002") == []
+    assert plan.kill == frozenset()
+    world.end("worker-001", 143)
+    world.keep_unwanted = ""
+    world.turn()
+    world.turn()
+    assert world.running("worker-") == [f"worker-002-{i:04d}-000" for i in range(3)]
+    assert world.status.restarts == {}
+
+
+def test_what_is_left_of_a_failed_attempt_is_killed_and_not_asked_to_save():
+    world = World(keep_unwanted="worker-001")
+    world.turn()
+    world.end("worker-001-0000", 1, Termination(cause="application", message="x"))
+    plan = world.turn()
+    assert "worker-001-0001-000" in plan.kill
 
 
 def test_a_run_that_says_it_trains_but_does_not_step_is_not_shown_as_running():
