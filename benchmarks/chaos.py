@@ -21,7 +21,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,10 +130,27 @@ class LocalRun:
                 start_new_session=True,
             )
 
+    def start_again(self) -> None:
+        """Give the command again."""
+        assert self.runner.poll() is not None
+        self.runner = self._start()
+
     def revive(self) -> None:
         """Start the runner again if it was killed."""
         if self.runner.poll() == -signal.SIGKILL:
-            self.runner = self._start()
+            self.start_again()
+
+    def stop(self) -> None:
+        """End the runner and everything it started, without saving."""
+        self.runner.kill()
+        self.runner.wait()
+        mark = f"{self.state.resolve()}/"
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SONOFORGE_CHILD", "").startswith(mark):
+                    process.kill()
+            except psutil.Error:
+                continue
 
     def progress(self) -> Progress | None:
         """What the coordinator says, or None."""
@@ -281,15 +297,6 @@ def loss_difference(one: Outcome, other: Outcome) -> float:
     """Largest relative difference of the loss at any step."""
     steps = one.metrics.keys() & other.metrics.keys()
     return max((abs(one.metrics[s]["loss"] / other.metrics[s]["loss"] - 1) for s in steps), default=0.0)
-
-
-def epochs_are_whole(outcome: Outcome, count: int) -> bool:
-    """Whether no sample was seen a second time before nearly all were seen once: counts differ by one epoch at most."""
-    seen: dict[str, int] = defaultdict(int)
-    for names in outcome.samples.values():
-        for name in names:
-            seen[name] += 1
-    return len(seen) <= count and max(seen.values()) - (min(seen.values()) if len(seen) == count else 0) <= 2
 
 
 def table(kills: list[Kill]) -> str:

@@ -1,0 +1,142 @@
+"""`sonoforge run` with real processes: the whole way, resized, killed, told to stop, and refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from chaos import LocalRun, differences, disturb, write_job
+
+from sonoforge_trainer.contract import RunSummary
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file below a folder."""
+    return {
+        str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "runner.log"
+    }
+
+
+def job_text(run: LocalRun, old: str, new: str) -> None:
+    """Edit the job file as a person would, in one go."""
+    text = run.job.read_text()
+    assert old in text
+    edited = run.job.with_suffix(".edited")
+    edited.write_text(text.replace(old, new))
+    edited.replace(run.job)
+
+
+def test_every_checkpoint_of_a_run_is_evaluated_once_and_the_page_is_written(calm, folder):
+    assert [c.ref.step for c in calm.status.checkpoints] == [0, 8, 16, 24, 32]
+    assert differences(calm, calm) == []
+    assert calm.status.best
+    assert calm.status.restarts == {}
+    page = (folder / "state" / "calm" / "report.html").read_text()
+    assert "tiny-knn/f1_macro" in page
+    assert page.count("<figure") >= 2
+    summary = RunSummary.from_json((folder / "state" / "calm" / "summary.json").read_text())
+    assert [c.ref.step for c in summary.checkpoints] == [0, 8, 16, 24, 32]
+
+
+def test_each_step_uses_every_virtual_rank_and_an_epoch_uses_every_sample_once(calm):
+    assert sorted(calm.samples) == [(step, rank) for step in range(32) for rank in range(4)]
+    first_epoch = [name for key in sorted(calm.samples) for name in calm.samples[key]][: 32 * 16]
+    assert len(first_epoch) == 512
+    counts = {name: first_epoch.count(name) for name in set(first_epoch)}
+    assert len(counts) == 240
+    assert max(counts.values()) <= 3
+
+
+def test_running_a_finished_job_again_changes_nothing(calm, folder):
+    before = snapshot(folder / "state" / "calm") | snapshot(folder / "runs" / "calm")
+    again = LocalRun(folder / "calm.yaml")
+    assert again.finish(60) == 0
+    assert snapshot(folder / "state" / "calm") | snapshot(folder / "runs" / "calm") == before
+
+
+def test_three_processes_learn_the_same_as_one(calm, start):
+    run = start("three", nodes=3)
+    assert run.finish(300) == 0, run.tail()
+    assert differences(calm, run.outcome()) == []
+
+
+def test_a_run_that_grows_shrinks_and_loses_processes_learns_the_same(calm, start):
+    """1 -> 2 -> 3 -> 1 nodes while it runs, with a worker and an agent killed in between."""
+    run = start("resized", nodes=1)
+    for at_step, old, new, kind in ((6, 1, 2, "worker"), (12, 2, 3, "agent"), (18, 3, 1, "worker")):
+        run.wait(lambda step=at_step: (p := run.progress()) is not None and p.step >= step)
+        os.kill(sorted(run.pids(kind))[0], signal.SIGKILL)
+        job_text(run, f"maxNodes: {old}", f"maxNodes: {new}")
+        run.wait(lambda nodes=new: (p := run.progress()) is not None and p.nodes == nodes and p.step_time > 0)
+    assert run.finish(300) == 0, run.tail()
+    outcome = run.outcome()
+    assert differences(calm, outcome) == []
+    assert {record["world_size"] for record in outcome.metrics.values()} >= {1, 2, 3}
+
+
+def test_random_kills_of_every_process_change_nothing_that_was_learned(calm, start):
+    run = start("killed", nodes=2)
+    kills = disturb(run, kills=5, seed=3)
+    assert run.finish(300) == 0, run.tail()
+    assert differences(calm, run.outcome(kills)) == []
+    assert kills
+
+
+def test_a_runner_that_is_told_to_stop_saves_and_goes_on_when_it_is_called_again(calm, start):
+    run = start("stopped", nodes=2)
+    run.wait(lambda: (p := run.progress()) is not None and p.step >= 10)
+    run.runner.send_signal(signal.SIGTERM)
+    assert run.runner.wait(120) == 130
+    assert list((run.state / "children").glob("*.pid")) == []
+    assert run.pids("agent") == []
+    run.start_again()
+    assert run.finish(300) == 0, run.tail()
+    outcome = run.outcome()
+    assert differences(calm, outcome) == []
+    assert outcome.status.lost_steps == 0
+    assert {c.ref.step for c in outcome.status.checkpoints} > {0, 8, 16, 24, 32}
+
+
+def test_a_second_runner_on_the_same_job_is_refused(start):
+    run = start("locked", steps=400)
+    run.wait(lambda: run.progress() is not None)
+    command = [sys.executable, "-m", "sonoforge_trainer", "run", str(run.job), "--state", str(run.state)]
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert "another `sonoforge run` works on this job" in second.stderr
+
+
+def test_a_job_that_cannot_work_fails_at_once_and_says_why(folder, start):
+    path = write_job(folder, "wrong", steps=8, nodes=2)
+    text = path.read_text()
+    digest = "sha256:" + "0" * 64
+    path.write_text(re.sub(r'data: \{shards: ("[^"]+")\}', rf"data: {{shards: \1, datasetDigest: '{digest}'}}", text))
+    run = LocalRun(path)
+    try:
+        assert run.finish(120) == 1
+    finally:
+        run.stop()
+    status = run.outcome().status
+    assert status.phase == "Failed"
+    condition = status.condition("Failed")
+    assert condition is not None
+    assert condition.reason == "Configuration"
+    assert "datasetDigest" in condition.message
+
+
+def test_a_changed_training_spec_is_refused_by_name(calm, folder):
+    path = folder / "calm.yaml"
+    before = path.read_text()
+    path.write_text(before.replace("virtualRanks: 4", "virtualRanks: 2"))
+    try:
+        run = LocalRun(path)
+        assert run.finish(60) == 64
+        assert "spec.training: changed since this job was started, and it is immutable" in run.tail()
+    finally:
+        path.write_text(before)
