@@ -1,6 +1,7 @@
 """The handler by itself: what it says while the store is away."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters, RendezvousTimeoutError
@@ -39,6 +40,34 @@ def test_every_round_has_a_new_store_for_its_workers():
     alone.leave()
     assert alone.num_nodes_waiting() == 1, "an agent that was dropped joins again"
     assert alone.shutdown() is True
+
+
+def test_nodes_exchange_values_in_the_order_of_ranks_and_do_not_wait_for_one_that_left():
+    store = serve_store("127.0.0.20", 0)
+    endpoint = f"127.0.0.20:{store.port}"
+
+    def parameters(address):
+        return RendezvousParameters("sonoforge", endpoint, "a", 2, 2, address)
+
+    low, high = (create_handler(parameters(address)) for address in ("127.0.0.9", "127.0.0.10"))
+    with ThreadPoolExecutor(2) as pool:
+        rounds = list(pool.map(lambda node: node.next_rendezvous(), (high, low)))
+        assert [(r.rank, r.world_size) for r in rounds] == [(1, 2), (0, 2)]
+        assert rounds[0].bootstrap_store_info.master_addr == "127.0.0.9"
+        assert (
+            list(pool.map(lambda node: node.exchange(node._this_node.addr), (high, low)))
+            == [["127.0.0.9", "127.0.0.10"]] * 2
+        )
+
+    high._round, low._round = 99, 99  # a round in which nobody has given a value yet
+    low._state_holder.state.round = 99
+    high.leave()
+    began = time.monotonic()
+    with pytest.raises(RendezvousConnectionError, match="a node was lost while the group formed"):
+        low.exchange("x")
+    assert time.monotonic() - began < 5
+    assert low.num_nodes_waiting() == 1
+    low.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,7 @@ def test_an_old_state_does_not_put_a_node_back_into_a_round_that_it_left(link):
 
 
 def test_a_link_reads_without_waiting_and_swaps_only_what_it_expects(link):
+    assert link.has("k") is False
     assert link.get("k") == b""
     assert link.swap("k", b"", "one") == b"one"
     assert link.swap("k", b"zero", "two") == b"one"

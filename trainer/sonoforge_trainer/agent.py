@@ -14,17 +14,17 @@ import time
 from typing import Any
 
 import structlog
-from torch.distributed import DistError
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from sonoforge_trainer import termination
 from sonoforge_trainer.contract import Termination
 from sonoforge_trainer.rendezvous import ElasticHandler
 from sonoforge_trainer.worker import START_METHOD
 
-_ROLE_INFO_ATTEMPTS = 20
+_ASSIGNMENT_ATTEMPTS = 20
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -56,17 +56,33 @@ class NodeAgent(LocalElasticAgent):
         self.failure: Termination | None = None
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        for attempt in range(_ROLE_INFO_ATTEMPTS):
+        for attempt in range(_ASSIGNMENT_ATTEMPTS):
             try:
                 super()._rendezvous(worker_group)
-            except DistError as error:
+            except RendezvousConnectionError as error:
                 # A peer or the store was lost while ranks were being assigned; another round settles it.
-                if attempt == _ROLE_INFO_ATTEMPTS - 1:
+                if attempt == _ASSIGNMENT_ATTEMPTS - 1:
                     raise
                 log.warning("rank-assignment-retry", exception=type(error).__name__)
             else:
                 log.info("group-formed", node_rank=worker_group.group_rank, nodes=worker_group.group_world_size)
                 return
+
+    def _assign_worker_ranks(
+        self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        counts = [int(count) for count in self._handler.exchange(str(spec.local_world_size))]
+        first, total = sum(counts[:group_rank]), sum(counts)
+        return [
+            Worker(
+                local_rank=local,
+                global_rank=first + local,
+                role_rank=first + local,
+                world_size=total,
+                role_world_size=total,
+            )
+            for local in range(spec.local_world_size)
+        ]
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)

@@ -231,8 +231,9 @@ def command(
     host: str, store_port: int, http_port: int, token_file: Path, address_file: Path | None, die_with_parent: bool
 ) -> None:
     """Host a run's rendezvous store, show its progress and take requests, until SIGTERM."""
-    from sonoforge_trainer import termination
+    from sonoforge_trainer import logs, termination
 
+    logs.configure(part="coordinator")
     if die_with_parent:
         termination.die_with_parent()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a client that hangs up is no news

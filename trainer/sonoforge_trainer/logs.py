@@ -46,6 +46,8 @@ def adopt_torch() -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    # It warns about every heartbeat that an outage of the store holds up; the outage itself is logged by us.
+    logging.getLogger("torch.distributed.elastic.rendezvous.dynamic_rendezvous").setLevel(logging.ERROR)
 
 
 def _drop_stack(logger: Any, name: str, event: Any) -> Any:

@@ -24,13 +24,14 @@ from datetime import timedelta
 from typing import Any
 
 import structlog
-from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-defined] # torch exports them silently
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined] # torch exports them silently
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
+    RendezvousStoreInfo,
     RendezvousTimeoutError,
 )
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
@@ -49,6 +50,7 @@ BACKEND = "sonoforge"
 
 _LEAVE_SECONDS = 5.0
 _POLL_SECONDS = 0.2
+_WAIT_SECONDS = 0.05
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -88,7 +90,6 @@ class ElasticHandler(DynamicRendezvousHandler):
         self._read_seconds = read_seconds
         self._outage_seconds = outage_seconds
         self._outage_since: float | None = None
-        self._joined_round = -1
         self._round = -1
         self._members: dict[Any, int] = {}
 
@@ -114,9 +115,7 @@ class ElasticHandler(DynamicRendezvousHandler):
                 time.sleep(_POLL_SECONDS)
                 continue
             with self._heartbeat_lock:
-                state = self._state_holder.state
-                if state.round == self._joined_round and self._this_node in state.participants:
-                    self._round, self._members = state.round, dict(state.participants)
+                if self.intact():
                     self._outage_since = None
                     return info
 
@@ -174,16 +173,52 @@ class ElasticHandler(DynamicRendezvousHandler):
             time.sleep(_POLL_SECONDS)
         return False
 
-    def _get_world(self) -> tuple[int, int]:
-        self._joined_round = self._state_holder.state.round
+    def exchange(self, value: str) -> list[str]:
+        """Give the other nodes of this round a value and get theirs, in the order of ranks.
+
+        Raises RendezvousConnectionError where one is lost meanwhile.
+        """
+        keys = [f"sonoforge/exchange/{self.get_run_id()}/{self._round}/{rank}" for rank in range(len(self._members))]
+        values = [""] * len(keys)
+
+        def complete() -> bool:
+            self._link.set(keys[self._members[self._this_node]], value)  # again, in case the store was replaced
+            values[:] = [known or self._link.get(key).decode() for known, key in zip(values, keys, strict=True)]
+            return all(values)
+
+        self._wait(complete)
+        return values
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """Wait for other nodes of this round, but not for nodes that are gone, as waiting on a key would."""
+        deadline = time.monotonic() + self._read_seconds
         try:
-            return super()._get_world()
-        except KeyError as error:
-            raise RendezvousConnectionError("this node was dropped right after it joined") from error
+            while not condition():
+                with self._heartbeat_lock:
+                    self._state_holder.sync()
+                    if not self.intact():
+                        raise RendezvousConnectionError("a node was lost while the group formed")
+                if time.monotonic() > deadline:
+                    raise RendezvousConnectionError("a node did not do its part while the group formed")
+                time.sleep(_WAIT_SECONDS)
+        except StoreUnavailableError as error:
+            raise RendezvousConnectionError("the coordinator's store does not answer") from error
+
+    def _get_world(self) -> tuple[int, int]:
+        with self._heartbeat_lock:
+            state = self._state_holder.state
+            self._round, self._members = state.round, dict(state.participants)
+        if self._this_node not in self._members:
+            raise RendezvousConnectionError("this node was dropped right after it joined")
+        return self._members[self._this_node], len(self._members)
 
     def _get_store(self) -> Store:
+        prefix = f"torch.rendezvous.{self.get_run_id()}.{self._round}"
+        if self._members[self._this_node] != 0:
+            # Rank 0 writes this last; torch would wait for it for long after rank 0 is lost.
+            self._wait(lambda: self._link.has(f"{prefix}/{RendezvousStoreInfo.MASTER_PORT_KEY}"))
         try:
-            return self._wrap_store(self._link.client(wait_seconds=self._read_seconds))
+            return PrefixStore(prefix, self._link.client(wait_seconds=self._read_seconds))
         except StoreUnavailableError as error:
             raise RendezvousConnectionError("the coordinator's store does not answer") from error
 

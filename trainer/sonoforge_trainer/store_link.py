@@ -86,6 +86,10 @@ class StoreLink:
         value: bytes = self._call(lambda client: client.compare_set(key, "", ""))
         return value
 
+    def has(self, key: str) -> bool:
+        """Whether there is a key. Unlike `get`, leaves no empty value behind, so it suits keys that others wait for."""
+        return bool(self._call(lambda client: client.check([key])))
+
     def set(self, key: str, value: str) -> None:
         """Set a key."""
         self._call(lambda client: client.set(key, value))
