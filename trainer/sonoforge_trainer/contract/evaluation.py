@@ -31,7 +31,7 @@ class Evaluation(Part):
     where: dict[str, str] = {}
     """Use only samples whose fields have these values."""
     k: tuple[int, ...] = (10, 20, 100, 200)
-    """knn: numbers of neighbours. The first that fits the training set is the score; all are in the result."""
+    """knn: numbers of neighbours. The best on validation is the score; all that fit are in the result."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """knn: temperature of the votes."""
     shots: tuple[int, ...] = (1, 5, 10)
@@ -39,7 +39,7 @@ class Evaluation(Part):
     seeds: Annotated[int, Field(ge=1)] = 5
     """fewshot: number of draws."""
     linear_epochs: Annotated[int, Field(ge=1)] = 10
-    """linear: passes over the training features."""
+    """linear: passes over the training features; more on small sets, up to 500 steps."""
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     """Resamples of the patients for confidence intervals; 0 for none."""
     seed: int = 0

@@ -23,6 +23,9 @@ LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e
 BATCH = 128
 """Images in a step."""
 
+MIN_STEPS = 500
+"""Steps at least: ten passes over a few hundred images would leave every head near its initial weights."""
+
 _MOMENTUM = 0.9
 _INITIAL_DEVIATION = 0.01
 
@@ -71,10 +74,12 @@ def linear(problem: Problem, *, epochs: int, resamples: int, seed: int, device: 
     heads = {name: Heads.new(by_split["train"].shape[1], classes, seed, device) for name, by_split in features.items()}
     targets_nk = torch.nn.functional.one_hot(torch.from_numpy(problem.targets["train"]), classes).to(device).float()
     samples = len(targets_nk)
-    total = epochs * math.ceil(samples / BATCH)
+    steps_a_pass = math.ceil(samples / BATCH)
+    passes = max(epochs, math.ceil(MIN_STEPS / steps_a_pass))
+    total = passes * steps_a_pass
     generator = torch.Generator().manual_seed(seed)
     step = 0
-    for _ in range(epochs):
+    for _ in range(passes):
         for rows in torch.split(torch.randperm(samples, generator=generator), BATCH):
             batch = rows.to(device)
             schedule = 0.5 * (1 + math.cos(math.pi * step / total))
