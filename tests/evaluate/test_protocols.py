@@ -178,3 +178,9 @@ def test_few_shot_reports_mean_and_deviation_over_draws_and_more_shots_are_bette
 def test_few_shot_finds_nothing_where_labels_are_shuffled(planted):
     finding = fewshot(planted(6.0, shuffled=True), (5,), seeds=5, temperature=0.07, seed=0, device=CPU)
     assert abs(finding.scores["knn_5shot_balanced_accuracy"].value - 1 / 3) < 0.08
+
+
+def test_heads_learn_also_where_a_pass_is_a_single_step(planted):
+    """24 images and one pass would be one step; five hundred are made."""
+    problem = planted(6.0).draw(np.arange(24))
+    assert linear(problem, epochs=1, resamples=0, seed=0, device=CPU).scores["balanced_accuracy"].value > 0.9
