@@ -81,6 +81,8 @@ def test_a_lost_node_is_noticed_though_no_collective_fails(machines, note):
 
     machines.finish()
     assert machines.exit_code(nodes[2]) == ExitCode.OK
+    machines.start_agent(nodes[0], nodes="1:3", mode="idle")
+    assert machines.exit_code(nodes[0]) == ExitCode.OK, "a node that comes when all is done has not failed"
 
 
 def test_an_attempt_ends_with_the_class_of_its_failure_and_the_next_one_is_free(machines):

@@ -90,6 +90,9 @@ def _run(agent: NodeAgent, handler: ElasticHandler) -> int:
             Termination(cause="terminated", message=f"Ended by {ended.sigval.name}; workers were told to save.")
         )
     except RendezvousClosedError:
+        if handler.is_finished():
+            log.info("nothing-left-to-do")
+            return ExitCode.OK
         return _end(Termination(cause="collective", message="The attempt was ended by another node."))
     except RendezvousError as error:
         handler.leave()
@@ -98,11 +101,12 @@ def _run(agent: NodeAgent, handler: ElasticHandler) -> int:
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last frame: every ending gets its class
         handler.leave()
         return _end(termination.classify(error))
-    handler.shutdown()
     if result is not None and result.is_failed():
         assert agent.failure is not None
+        handler.shutdown()
         handler.leave()  # the others find the attempt closed, and need not miss heartbeats to look
         return _end(agent.failure)
+    handler.close_finished()
     return ExitCode.OK
 
 

@@ -43,7 +43,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from sonoforge_trainer.membership import MembershipHolder, Node
-from sonoforge_trainer.store_link import StoreLink, StoreUnavailableError, parse_endpoint, serve_store
+from sonoforge_trainer.store_link import StoreLink, StoreUnavailableError, finished_key, parse_endpoint, serve_store
 
 BACKEND = "sonoforge"
 """Name of the backend in torchrun's registry."""
@@ -172,6 +172,21 @@ class ElasticHandler(DynamicRendezvousHandler):
                 pass
             time.sleep(_POLL_SECONDS)
         return False
+
+    def close_finished(self) -> None:
+        """Close the attempt because its work is done, so that nodes that come now know that nothing failed."""
+        try:
+            self._link.set(finished_key(self.get_run_id()), "1")
+        except StoreUnavailableError:
+            log.warning("finish-not-noted")
+        self.shutdown()
+
+    def is_finished(self) -> bool:
+        """Whether the work of the attempt is done, as far as the store knows."""
+        try:
+            return self._link.get(finished_key(self.get_run_id())) == b"1"
+        except StoreUnavailableError:
+            return False
 
     def exchange(self, value: str) -> list[str]:
         """Give the other nodes of this round a value and get theirs, in the order of ranks.

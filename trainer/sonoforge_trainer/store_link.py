@@ -32,6 +32,11 @@ def membership_key(attempt: str) -> str:
     return f"sonoforge/membership/{attempt}"
 
 
+def finished_key(attempt: str) -> str:
+    """The key that is there once the work of an attempt is done."""
+    return f"sonoforge/finished/{attempt}"
+
+
 class StoreUnavailableError(ConnectionError):
     """The store did not answer within its time; the operation may or may not have happened."""
 
