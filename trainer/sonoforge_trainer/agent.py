@@ -94,6 +94,8 @@ class NodeAgent(LocalElasticAgent):
             )
             if not again:
                 self._remaining_restarts = 0
+        elif result.state == WorkerState.UNHEALTHY:
+            self.failure = Termination(cause="application", message="A worker is stuck in a call that cannot end.")
         return result
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:

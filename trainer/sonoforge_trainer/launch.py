@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(agent: NodeAgent, handler: ElasticHandler) -> int:
+    from torch.distributed.elastic.agent.server.api import WorkerState
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
@@ -101,7 +102,7 @@ def _run(agent: NodeAgent, handler: ElasticHandler) -> int:
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last frame: every ending gets its class
         handler.leave()
         return _end(termination.classify(error))
-    if result is not None and result.is_failed():
+    if result is not None and result.state != WorkerState.SUCCEEDED:
         assert agent.failure is not None
         handler.shutdown()
         handler.leave()  # the others find the attempt closed, and need not miss heartbeats to look
