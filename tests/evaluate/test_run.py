@@ -39,6 +39,7 @@ def test_every_protocol_works_on_one_pass_over_the_images(checkpoint, phantoms, 
     assert sum(result.counts.values()) == 144
     assert result.scores["knn/balanced_accuracy"].low <= result.scores["knn/balanced_accuracy"].value
     assert set(result.details["knn"]["recall"]) == {"abdomen", "background", "femur", "head", "heart", "spine"}
+    assert result.details["segment-probe"]["images"] == result.details["knn"]["images"] == result.counts
     assert storage.read(request.result_uri) == result.to_json().encode()
     picture = storage.read(f"{checkpoint[0]}/eval/{result.pictures[0]}")
     assert picture.startswith(b"\x89PNG")

@@ -95,3 +95,8 @@ def test_a_mask_value_without_a_class_is_refused():
 def test_a_colour_mask_is_refused():
     with pytest.raises(EvaluationDataError, match="mode RGB"):
         decode_mask(png(np.zeros((4, 4, 3))), 2)
+
+
+def test_a_mask_that_does_not_decode_is_a_fault_of_the_set():
+    with pytest.raises(EvaluationDataError, match="a mask cannot be decoded"):
+        decode_mask(png(np.zeros((40, 40)))[:40], 2)

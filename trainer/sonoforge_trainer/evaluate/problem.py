@@ -69,6 +69,7 @@ def report(
     predictions = problem.predictions("test", probabilities_nk)
     details = predictions.details(problem.classes)
     details["validation_balanced_accuracy"] = dict(candidates)
+    details["images"] = {split: len(targets) for split, targets in problem.targets.items()}
     return Finding(predictions.scores(resamples=resamples, seed=seed), chosen, details)
 
 

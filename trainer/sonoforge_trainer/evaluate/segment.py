@@ -60,10 +60,16 @@ class SegmentProblem:
 
 def decode_mask(data: bytes, classes: int) -> npt.NDArray[np.uint8]:
     """Class of every pixel [H, W] of an index PNG. Raises EvaluationDataError for a value without a class."""
-    with Image.open(io.BytesIO(data)) as picture:
-        if picture.mode not in ("L", "P", "1"):
-            raise EvaluationDataError(f"a mask has mode {picture.mode}; masks are PNGs of class numbers (mode L or P)")
-        mask = np.asarray(picture, np.uint8)
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("PNG",))
+        mode, mask = picture.mode, np.asarray(picture)
+    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error ...
+        raise EvaluationDataError(
+            f"a mask cannot be decoded ({type(error).__name__}); verify the set with `sonoforge shards verify --decode`"
+        ) from None
+    if mode not in ("L", "P", "1"):
+        raise EvaluationDataError(f"a mask has mode {mode}; masks are PNGs of class numbers (mode L or P)")
+    mask = mask.astype(np.uint8)
     if int(mask.max(initial=0)) >= classes:
         raise EvaluationDataError(
             f"a mask has the value {int(mask.max())}, but the manifest names {classes} mask classes; build the shards "
@@ -132,7 +138,11 @@ def segment_probe(
     features, shares = training_patches(problem, seed)
     images = len(problem.masks["val"])
     validation = np.unique(np.linspace(0, images - 1, min(images, VALIDATION_IMAGES)).round().astype(np.int64)).tolist()
-    details: dict[str, object] = {"train_patches": len(features), "compared_at": "mask resolution"}
+    details: dict[str, object] = {
+        "images": {split: len(masks) for split, masks in problem.masks.items()},
+        "train_patches": len(features),
+        "compared_at": "mask resolution",
+    }
     winners: dict[str, float] = {}
     scores: dict[str, dict[str, Score]] = {}
     for method, candidates in (
