@@ -47,7 +47,7 @@ _ENV_CHILD = "SONOFORGE_CHILD"
 _GRACE_SECONDS = {"worker": 90.0}
 _SHUTDOWN_SECONDS = 60
 # Processes of one machine start and die quickly, so nobody has to wait long for the others.
-_TIMERS = ("--keep-alive=1", "--keep-alive-misses=3", "--first-call=15", "--last-call=3", "--lost-timeout=2")
+_TIMERS = ("--keep-alive=1", "--keep-alive-misses=3", "--first-call=15", "--last-call=2", "--lost-timeout=2")
 _HTTP_SECONDS = 2.0
 _ALREADY_STARTED = 113
 # `set -C` refuses to overwrite: of two starts of one child, the second ends before it becomes the program.
