@@ -7,7 +7,7 @@ import torch
 
 from sonoforge_trainer.checkpoint import CheckpointStore, CheckpointWriter, RunIdentity, Snapshot
 from sonoforge_trainer.contract import ModelCard
-from sonoforge_trainer.storage import Storage
+from sonoforge_trainer.storage import Storage, StorageSettings
 
 IDENTITY = RunIdentity(
     job="fetal",
@@ -111,10 +111,18 @@ def place(request: pytest.FixtureRequest, tmp_path) -> Place:
     """An empty place for checkpoints: a folder, and a bucket of a real S3 server."""
     if request.param == "file":
         return Place(Storage(), f"file://{tmp_path}/runs/fetal")
-    return Place(*request.getfixturevalue("s3_checkpoints"))
+    s3 = request.getfixturevalue("s3")
+    return Place(s3.storage, f"{s3.uri}/fetal", s3.env)
 
 
 @pytest.fixture
 def folder(tmp_path) -> Place:
     """An empty folder for checkpoints."""
     return Place(Storage(), f"file://{tmp_path}/runs/fetal")
+
+
+@pytest.fixture
+def faulty(s3, proxy) -> tuple[Place, Place]:
+    """A place for checkpoints behind the fault proxy, and the same place without it."""
+    settings = StorageSettings(endpoint=proxy.endpoint, retry_first_delay_seconds=0.01, stall_seconds=5.0)
+    return Place(Storage(settings), f"{s3.uri}/fetal"), Place(s3.storage, f"{s3.uri}/fetal")

@@ -41,6 +41,7 @@ def forked(function, *args):
     pid = os.fork()
     if pid:
         return pid
+    signal.alarm(120)  # a process that hangs fails its test and not the session
     try:
         function(*args)
     except BaseException:  # noqa: BLE001 - a forked child must not return into its parent's code
@@ -66,8 +67,9 @@ def crash(answer, settings, uri, deaths):
     answer(ends)
 
 
-def rank_main(settings, uri, port, rank, world_size, attempt, saves, damage, timeout):
+def rank_main(settings, uri, told_port, rank, world_size, attempt, saves, damage, timeout):
     """One rank: join, restore, save what is asked, and report."""
+    port = int(os.read(told_port, 16))
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     peers = Peers(rank, world_size, store)
@@ -97,12 +99,15 @@ def rank_main(settings, uri, port, rank, world_size, attempt, saves, damage, tim
 
 def ranks(answer, settings, uri, world_size, attempt, saves, damage=None, timeouts=None):
     """A process group of real processes; answers each rank's report (null for one that died)."""
-    master = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
     timeouts = timeouts or [60] * world_size
-    children = [
-        forked(rank_main, settings, uri, master.port, rank, world_size, attempt, saves, damage, timeouts[rank])
+    pipes = [os.pipe() for _ in range(world_size)]
+    children = [  # before the store starts its thread: a fork copies locks that a thread holds, and not the thread
+        forked(rank_main, settings, uri, pipes[rank][0], rank, world_size, attempt, saves, damage, timeouts[rank])
         for rank in range(world_size)
     ]
+    master = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
+    for _, tell in pipes:
+        os.write(tell, str(master.port).encode())
     for child in children:
         os.waitpid(child, 0)
     reports = [f"report-{rank}" for rank in range(world_size)]

@@ -1,7 +1,9 @@
 """Damaged checkpoints are set aside, and the newest sound one is used."""
 
 import hashlib
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,3 +147,34 @@ def test_a_server_that_does_not_answer_is_no_reason_to_quarantine(folder):
     with pytest.raises(StorageError, match="connection refused"):
         CheckpointStore(UnreachableStorage(), folder.uri).load_latest()
     assert folder.store().quarantined() == []
+
+
+def fault(**kind):
+    """A fault of the proxy's."""
+    return SimpleNamespace(
+        **{"status": None, "cut": None, "reset": False, "flip": None, "stall": None, "lose_answer": False, **kind}
+    )
+
+
+def test_a_byte_flipped_on_the_way_is_read_again_and_is_no_damage(faulty, proxy):
+    behind, direct = faulty
+    first, second = direct.save(1, 2)
+    state = f"{second.uri.removeprefix('s3:/')}/{STATE}"
+    left = [fault(flip=700)]
+    proxy.rule = lambda request: left.pop() if left and request.target.startswith(state) else None
+    assert behind.store().load_latest().ref == second
+    assert proxy.faults == 1
+    assert direct.store().committed() == [first, second]
+
+
+def test_a_server_that_is_slow_down_and_cuts_answers_loses_no_checkpoint(faulty, proxy):
+    behind, direct = faulty
+    faults = itertools.cycle(
+        [None, fault(status=(503, "SlowDown")), None, fault(lose_answer=True), None, fault(cut=1), None]
+    )
+    proxy.rule = lambda request: next(faults)
+    refs = behind.save(1, 2, 3)
+    loaded = behind.store().load_latest()
+    assert proxy.faults > 10
+    assert (loaded.ref, direct.store().committed()) == (refs[2], refs)
+    assert [direct.store().verify(ref).step for ref in refs] == [1, 2, 3]
