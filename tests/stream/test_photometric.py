@@ -56,9 +56,11 @@ def test_blur_is_torchvisions_with_kernel_9_and_a_deviation_for_each_crop(colour
 
 
 def test_solarisation_inverts_from_128_on_like_the_uint8_operation():
-    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    ours = photometric.solarize(values.float() / 255)
-    torch.testing.assert_close((ours * 255).round().to(torch.uint8), reference.solarize(values, 128))
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 1, 1, 1)
+    ours = photometric.solarize(values.float() / 255, torch.tensor([True, False]).view(-1, 1, 1, 1))
+    ours_u8 = (ours * 255).round().to(torch.uint8)
+    assert torch.equal(ours_u8[0], reference.solarize(values[0], 128))
+    assert torch.equal(ours_u8[1], values[1])
 
 
 def photometrics(count, **columns):

@@ -127,7 +127,7 @@ def apply(crops_u8_nchw: Tensor, photo: Photometrics, mean: Sequence[float], std
         crops_nchw = adjust_hue(crops_nchw, photo.hue.view(per_crop))
         crops_nchw = torch.where(photo.grayscale.view(per_crop), to_gray(crops_nchw), crops_nchw)
     crops_nchw = gaussian_blur(crops_nchw, photo.blur_sigma)
-    crops_nchw = torch.where(photo.solarize.view(per_crop), solarize(crops_nchw), crops_nchw)
+    crops_nchw = solarize(crops_nchw, photo.solarize.view(per_crop))
     mean_c = torch.tensor(mean, dtype=torch.float32).to(crops_nchw.device, non_blocking=True)
     std_c = torch.tensor(std, dtype=torch.float32).to(crops_nchw.device, non_blocking=True)
     return crops_nchw.sub_(mean_c.view(1, -1, 1, 1)).div_(std_c.view(1, -1, 1, 1))
@@ -184,24 +184,28 @@ def adjust_hue(crops_nchw: Tensor, turns_n111: Tensor) -> Tensor:
 def gaussian_blur(crops_nchw: Tensor, sigma_n: Tensor) -> Tensor:
     """Blur with a kernel of 9 and a standard deviation for each crop; 0 leaves a crop as it is. Borders are reflected.
 
-    The kernel is symmetric, so a pass is five products. Written as shifted sums: a grouped convolution would be planned
-    anew for every number of crops, and a matrix product would be rounded by TF32 or autocast.
+    Two depthwise convolutions, one group for each channel of each crop. All crops take part, whatever their deviation,
+    so the shapes never change.
     """
-    offsets_k = torch.arange(_BLUR_RADIUS + 1, dtype=torch.float32, device=crops_nchw.device)
+    count, channels, height, width = crops_nchw.shape
+    offsets_k = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, dtype=torch.float32, device=crops_nchw.device)
     kernel_nk = torch.exp(-0.5 * (offsets_k / sigma_n.clamp_min(1e-3).unsqueeze(1)).square())
-    kernel_nk = kernel_nk / (kernel_nk[:, :1] + 2 * kernel_nk[:, 1:].sum(dim=1, keepdim=True))
-    weights = [kernel_nk[:, k].view(-1, 1, 1, 1) for k in range(_BLUR_RADIUS + 1)]
-    for dim, padding in ((3, (_BLUR_RADIUS, _BLUR_RADIUS, 0, 0)), (2, (0, 0, _BLUR_RADIUS, _BLUR_RADIUS))):
-        padded = torch.nn.functional.pad(crops_nchw, padding, mode="reflect")
-        size = crops_nchw.shape[dim]
-        blurred = padded.narrow(dim, _BLUR_RADIUS, size) * weights[0]
-        for k in range(1, _BLUR_RADIUS + 1):
-            pair = padded.narrow(dim, _BLUR_RADIUS - k, size) + padded.narrow(dim, _BLUR_RADIUS + k, size)
-            blurred.addcmul_(pair, weights[k])
-        crops_nchw = blurred
-    return crops_nchw
+    kernel_nk = kernel_nk / kernel_nk.sum(dim=1, keepdim=True)
+    groups = count * channels
+    kernel_gk = kernel_nk.repeat_interleave(channels, dim=0)
+    planes = crops_nchw.reshape(1, groups, height, width)
+    # Autocast would blur in bf16.
+    with torch.autocast(crops_nchw.device.type, enabled=False):
+        for padding, shape in (
+            ((_BLUR_RADIUS, _BLUR_RADIUS, 0, 0), (groups, 1, 1, 2 * _BLUR_RADIUS + 1)),
+            ((0, 0, _BLUR_RADIUS, _BLUR_RADIUS), (groups, 1, 2 * _BLUR_RADIUS + 1, 1)),
+        ):
+            padded = torch.nn.functional.pad(planes, padding, mode="reflect")
+            planes = torch.nn.functional.conv2d(padded, kernel_gk.view(shape), groups=groups)
+    return planes.view(crops_nchw.shape)
 
 
-def solarize(crops_nchw: Tensor) -> Tensor:
-    """Invert values from 128 of 255 on."""
-    return torch.where(crops_nchw >= _SOLARIZE_THRESHOLD, 1 - crops_nchw, crops_nchw)
+def solarize(crops_nchw: Tensor, which_n111: Tensor) -> Tensor:
+    """Invert values from 128 of 255 on, in the crops that `which_n111` names."""
+    threshold_n111 = torch.where(which_n111, _SOLARIZE_THRESHOLD, torch.inf)
+    return torch.where(crops_nchw >= threshold_n111, 1 - crops_nchw, crops_nchw)
