@@ -75,6 +75,7 @@ class Request:
     method: str
     target: str
     headers: dict[str, str]
+    body: bytes = b""
 
     @property
     def range(self) -> tuple[int, int] | None:
@@ -129,15 +130,14 @@ class FaultProxy:
                 if not head:
                     return
                 request = _parse(head)
-                body = b""
                 if "100-continue" in request.headers.get("expect", ""):
                     client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-                body = reader.read(int(request.headers.get("content-length", "0")))
+                request.body = reader.read(int(request.headers.get("content-length", "0")))
                 with self.lock:
                     self.requests.append(request)
                     fault = self.rule(request)
                     self.faults += fault is not None
-                if not self._answer(client, reader, request, head + body, fault):
+                if not self._answer(client, reader, request, head + request.body, fault):
                     return
 
     def _answer(self, client, reader, request: Request, message: bytes, fault: Fault | None) -> bool:
@@ -207,6 +207,12 @@ def _parse(head: bytes) -> Request:
     method, target = first.split(" ")[:2]
     pairs = (line.partition(":") for line in lines)
     return Request(method, target, {name.lower(): value.strip() for name, _, value in pairs})
+
+
+@pytest.fixture
+def proxy_fault() -> type[Fault]:
+    """Makes one fault of the proxy: `proxy_fault(cut=1000)`."""
+    return Fault
 
 
 @pytest.fixture

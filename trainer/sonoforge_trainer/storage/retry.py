@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Python's shared generator belongs to the training code; jitter must not move it.
-_jitter = random.SystemRandom().uniform
+
+def _jitter(low: float, high: float) -> float:
+    # Python's shared generator belongs to the training code; jitter must not move it.
+    return random.SystemRandom().uniform(low, high)
 
 
 @dataclass(frozen=True)
