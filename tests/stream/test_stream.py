@@ -1,5 +1,8 @@
 import json
+import multiprocessing
+import os
 import re
+import select
 from itertools import islice
 
 import pytest
@@ -210,6 +213,32 @@ def test_the_same_sample_has_the_same_name_in_every_run(data_set, make_stream):
     first, second = (next(iter(make_stream(*data_set).batches(0, [1]))) for _ in range(2))
     stream = make_stream(*data_set)
     assert stream.sample_log_lines(first) == stream.sample_log_lines(second)
+
+
+def train_until_killed(pipe, folder, manifest, training, cache):
+    """Take a step with two workers, tell their process ids, and wait."""
+    execution = ExecutionConfig(device="cpu", loader_workers=2, cache_dir=cache)
+    hasher = KeyHasher(b"0123456789abcdef")
+    with Stream(manifest, folder.as_uri(), training, execution, Storage(), hasher) as stream:
+        next(stream.batches(0, [0, 1]))
+        pipe.send([process.pid for process in multiprocessing.active_children()])
+        pipe.recv()
+
+
+def test_workers_end_with_a_killed_training_process(data_set, make_training, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    arguments = (there, *data_set, make_training(), str(tmp_path / "cache"))
+    process = context.Process(target=train_until_killed, args=arguments)
+    process.start()
+    there.close()
+    workers = [os.pidfd_open(pid) for pid in here.recv()]
+    process.kill()
+    process.join()
+    assert len(workers) == 2
+    for worker in workers:
+        assert select.select([worker], [], [], 20)[0], "it ended"
+        os.close(worker)
 
 
 # What does not fit.

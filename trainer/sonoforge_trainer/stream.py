@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -165,6 +166,7 @@ class Stream:
             num_workers=self._workers,
             prefetch_factor=ahead,
             collate_fn=_as_is,
+            worker_init_fn=_end_with_the_training_process,
             pin_memory=self._pin,
             multiprocessing_context="forkserver",
             generator=torch.Generator(),  # else it would draw from the global one
@@ -247,6 +249,21 @@ class _Made(Dataset[MicroBatch | Exception]):
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _end_with_the_training_process(_: int) -> None:
+    """Leave when the process that asked is gone, killed or not.
+
+    The loader's own watch is on the process that forked the worker, which lives as long as its workers do.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def _default_workers() -> int:
