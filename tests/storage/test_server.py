@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,13 +53,12 @@ def test_a_missing_wheel_is_said_with_the_remedy(tmp_path, monkeypatch):
 
 
 def test_the_server_listens_on_loopback_only_and_sends_no_telemetry(s3_server):
-    with open(f"/proc/{s3_server.pid}/cmdline", "rb") as file:
-        arguments = file.read().decode().split("\0")
+    process = Path("/proc", str(s3_server.pid))
+    arguments = (process / "cmdline").read_text().split("\0")
     assert "-master.telemetry=false" in arguments
-    sockets = {os.readlink(f"/proc/{s3_server.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{s3_server.pid}/fd")}
+    sockets = {str(path.readlink()) for path in (process / "fd").iterdir()}
     listening = []
     for table in ("tcp", "tcp6"):
-        with open(f"/proc/{s3_server.pid}/net/{table}") as file:
-            rows = [line.split() for line in list(file)[1:]]
+        rows = [line.split() for line in (process / "net" / table).read_text().splitlines()[1:]]
         listening += [row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
     assert set(listening) == {"0100007F"}
