@@ -240,7 +240,7 @@ def test_a_uri_that_names_no_object_is_refused_without_quoting_a_password(uri):
     assert isinstance(caught.value, ValueError)
 
 
-def test_clients_off_aws_use_path_style_no_default_checksums_and_the_classic_client(s3):
+def test_clients_off_aws_use_path_style_and_no_default_checksums(s3):
     connection = s3.storage._backend(s3.uri).__dict__["_connections"].current()
     config = connection.client.meta.config
     assert config.s3["addressing_style"] == "path"
