@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One thread a process: the machines are small, and sums are then the same everywhere.
 export OMP_NUM_THREADS ?= 1
-export PYTHONDONTWRITEBYTECODE ?= 1
+# Without byte code every process compiles torch again: 15 s each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 

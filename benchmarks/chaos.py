@@ -224,9 +224,10 @@ class LocalRun:
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    """Whether a process trains: it has a rank in its environment and is not an agent or the fork server."""
+    """Whether a process trains: workers are forked by the agent's fork server."""
     try:
-        return "RANK" in process.environ() and not process.children()
+        parent = process.parent()
+        return parent is not None and any("forkserver" in word for word in parent.cmdline())
     except psutil.Error:
         return False
 

@@ -111,7 +111,8 @@ class LocalPort:
                     f"spec.checkpoints.uri: found {config.checkpoints.uri!r}. Allowed: {before.checkpoints.uri!r}, "
                     f"where this job keeps its checkpoints"
                 )
-        _write_atomically(path, config.to_json())
+        if not path.exists() or path.read_text() != config.to_json():
+            _write_atomically(path, config.to_json())
         return config
 
     def _keep_secret(self, name: str) -> str:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from chaos import LocalRun, Outcome, make_data, write_job
 
-STEPS, EVERY = 32, 8
+STEPS, EVERY = 32, 16
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +28,8 @@ def start(folder: Path) -> Iterator[Callable[..., LocalRun]]:
     """Start a run by name; whatever is left of it is stopped at the end."""
     runs: list[LocalRun] = []
 
-    def make(name: str, *, nodes: int = 1, steps: int = STEPS) -> LocalRun:
-        runs.append(LocalRun(write_job(folder, name, steps=steps, nodes=nodes, every=EVERY)))
+    def make(name: str, *, nodes: int = 1, steps: int = STEPS, every: int = EVERY) -> LocalRun:
+        runs.append(LocalRun(write_job(folder, name, steps=steps, nodes=nodes, every=every)))
         return runs[-1]
 
     yield make

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from sonoforge_trainer.contract.exits import Cause
+
 
 class CheckpointError(Exception):
     """Base of the faults below."""
@@ -9,6 +13,8 @@ class CheckpointError(Exception):
 
 class DamagedCheckpointError(CheckpointError):
     """A committed checkpoint does not hold what its manifest says: a missing, shortened or altered object."""
+
+    termination_cause: ClassVar[Cause] = "data"
 
     def __init__(self, uri: str, reason: str) -> None:
         super().__init__(f"checkpoint {uri} is damaged: {reason}")
@@ -18,6 +24,8 @@ class DamagedCheckpointError(CheckpointError):
 
 class AllCheckpointsDamagedError(CheckpointError):
     """There are checkpoints, and none of them can be used. Starting again from nothing is a decision for a person."""
+
+    termination_cause: ClassVar[Cause] = "data"
 
     def __init__(self, uri: str, damaged: tuple[str, ...]) -> None:
         super().__init__(

@@ -29,9 +29,7 @@ class ExitCode(IntEnum):
     """SIGTERM, state saved where there was time."""
 
 
-Cause = Literal[
-    "done", "config", "data", "storage", "memory", "not-finite", "collective", "application", "terminated"
-]
+Cause = Literal["done", "config", "data", "storage", "memory", "not-finite", "collective", "application", "terminated"]
 
 
 class Termination(Part):

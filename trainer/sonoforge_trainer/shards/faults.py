@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from sonoforge_trainer.contract.exits import Cause
+
 
 class SourceError(ValueError):
     """The source or the options do not fit; nothing was built. The message says what to change."""
@@ -17,3 +21,5 @@ class TarError(ValueError):
 
 class DataSetError(ValueError):
     """A data set was refused or is damaged; repair it and try again."""
+
+    termination_cause: ClassVar[Cause] = "data"
