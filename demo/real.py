@@ -1,7 +1,7 @@
 """`make real`: pretrain on the real ultrasound images beside the checkout; evaluate on liver and fetal head images.
 
-Only the rows marked train or unlabelled are pretrained on, so no evaluation image was seen before. Everything is kept in
-runs/real; the table at the end shows the scores of each checkpoint beside those of the random initialisation and of
+Only the rows marked train or unlabelled are pretrained on, so no evaluation image was seen before. Everything is kept
+in runs/real; the table at the end shows the scores of each checkpoint beside those of the random initialisation and of
 methods without learning. The images are not part of the repository: see SOURCES.md in their folder.
 """
 

@@ -77,7 +77,7 @@ class ShardCache:
         """Where a shard comes from."""
         return f"{self._base_uri}/{shard.name}"
 
-    def read(self, shard: ShardFile, offset: int, length: int) -> bytearray:
+    def read(self, shard: ShardFile, offset: int, length: int) -> bytes:
         """Bytes of a shard, fetched if it is not there. Raises DataError and StorageError."""
         with self._lock:
             while (opened := self._opened(shard)) is None:
@@ -86,8 +86,7 @@ class ShardCache:
                     self.fetch(shard)
                 finally:
                     self._lock.acquire()
-            with memoryview(opened[1]) as view:
-                return bytearray(view[offset : offset + length])
+            return opened[1][offset : offset + length]
 
     def fetch(self, shard: ShardFile) -> None:
         """Make sure that the folder holds the shard. Raises DataError and StorageError."""

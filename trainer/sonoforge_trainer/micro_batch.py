@@ -111,6 +111,9 @@ class MicroBatchMaker:
         self.cache = cache
         self._offsets_n = np.concatenate([np.array(shard.offsets, dtype=np.int64) for shard in manifest.shards])
         self._lengths_n = np.concatenate([np.array(shard.lengths, dtype=np.int64) for shard in manifest.shards])
+        self._shards_n = np.repeat(
+            np.arange(len(self.files), dtype=np.int32), [shard.samples for shard in manifest.shards]
+        )
         self._training = training
         self._multi_crop = MultiCrop(recipe.crops, recipe.augment)
 
@@ -155,6 +158,11 @@ class MicroBatchMaker:
             substituted=int(substituted_b.sum()),
         )
 
+    def encoded(self, ordinal: int) -> bytes:
+        """A sample's image as it is in its shard. Raises DataError and StorageError."""
+        shard = self.files[self._shards_n[ordinal]]
+        return self.cache.read(shard, int(self._offsets_n[ordinal]), int(self._lengths_n[ordinal]))
+
     def _photometrics(self, draws_kbd: NDArray[np.float64]) -> tuple[Photometrics, Photometrics]:
         augment, (views, batch, _) = self._training.recipe.augment, draws_kbd.shape
         blur_k = np.array([*augment.blur[:2], *[augment.blur[2]] * (views - 2)])
@@ -169,13 +177,11 @@ class MicroBatchMaker:
         wanted = int(ordinals_b[index])
         attempts = self._candidates(wanted, visit, np.delete(ordinals_b, index))
         for ordinal, _ in zip(attempts, range(_MAX_REPLACEMENTS), strict=False):
-            shard = self.files[int(self.order.shard_of(np.array(ordinal)))]
-            data = self.cache.read(shard, int(self._offsets_n[ordinal]), int(self._lengths_n[ordinal]))
             try:
-                return decode(data, self._training.model.in_channels), ordinal
+                return decode(self.encoded(ordinal), self._training.model.in_channels), ordinal
             except CorruptImageError:
                 continue
-        uri = self.cache.uri(self.files[int(self.order.shard_of(np.array(wanted)))])
+        uri = self.cache.uri(self.files[self._shards_n[wanted]])
         raise DataError(
             f"shard {uri}: an image and every one that could replace it cannot be decoded. Run `sonoforge shards "
             f"verify` and build the data set again without them"
@@ -187,7 +193,7 @@ class MicroBatchMaker:
         A function of (seed, sample, visit) and of the samples beside it. Where no other clip is left, the rule goes.
         """
         yield ordinal
-        home = int(self.order.shard_of(np.array(ordinal)))
+        home = int(self._shards_n[ordinal])
         shards = [*range(home, len(self.files)), *range(home)]
         taken = self.order.clips(others_b)
         for conflicts in (False, True):

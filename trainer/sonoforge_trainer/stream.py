@@ -29,6 +29,9 @@ __all__ = ["MicroBatch", "Stream"]
 
 _log = structlog.get_logger(__name__)
 
+_FETCHES = 4
+"""Shards fetched at a time: small ones have too few ranges to use all connections, and verifying one takes a while."""
+
 _Item = tuple[int, int]
 """Step and virtual rank."""
 
@@ -212,16 +215,23 @@ class Stream:
                 effect="shards are fetched again and again",
                 advice=f"set execution.cacheBytes to {2 * in_use}, or lower data.blockShards",
             )
+        missing = []
         for shard in wanted:
             room -= self._make.files[shard].bytes
             if room < 0:
                 break
             if shard not in fetched:
-                # Whoever needs the shard meets the same error, and reports it.
-                with suppress(DataError, StorageError):
-                    self._cache.fetch(self._make.files[shard])
+                missing.append(shard)
+        if missing:
+            with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") as fetchers:
+                list(fetchers.map(self._fetch, missing))
         fetched.clear()
         fetched.update(wanted)
+
+    def _fetch(self, shard: int) -> None:
+        # Whoever needs the shard meets the same error, and reports it.
+        with suppress(DataError, StorageError):
+            self._cache.fetch(self._make.files[shard])
 
 
 class _Items(Sampler[_Item]):
