@@ -17,7 +17,7 @@ from sonoforge_trainer.contract import ContractError, ExitCode
 
 class _Commands(click.Group):
     def __init__(self) -> None:
-        super().__init__(name="sonoforge", help=__doc__.splitlines()[0] if __doc__ else None)
+        super().__init__(name="sonoforge", help="Pretrain ultrasound foundation models, and evaluate every checkpoint.")
         self._entries: dict[str, EntryPoint] = {e.name: e for e in entry_points(group="sonoforge.commands")}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
