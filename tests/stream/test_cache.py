@@ -1,8 +1,10 @@
 import fcntl
-import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -139,26 +141,28 @@ def test_a_data_error_says_its_cause_to_the_agent():
     assert str(pickle.loads(pickle.dumps(DataError("shard x")))) == "shard x"
 
 
-def hold_private_folder(started):
-    with private_folder() as folder:
-        (folder / "shard.tar").write_bytes(bytes(10))
-        started.send(str(folder))
-        started.recv()
+HOLD = """
+import sys
+from sonoforge_trainer.cache import private_folder
+with private_folder() as folder:
+    (folder / "shard.tar").write_bytes(bytes(10))
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_private_folder_outlives_its_killed_process_only_until_the_next_one(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=hold_private_folder, args=(there,))
-    process.start()
-    left = here.recv()
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    left = Path(process.stdout.readline().strip())
     with private_folder() as mine:
-        assert os.path.exists(left), "its owner lives"  # noqa: PTH110
+        assert left.exists(), "its owner lives"
         process.kill()
-        process.join()
+        process.communicate()
         assert mine.is_dir()
     with private_folder():
-        assert not os.path.exists(left)  # noqa: PTH110
+        assert not left.exists()
     assert not mine.exists()
