@@ -58,7 +58,7 @@ def test_the_card_says_what_the_backbone_is_and_expects(card):
         "posEmbed": "antialias",
         "mean": [0.1842924807],
         "std": [0.2187705424],
-        "resolution": 64,
+        "resolution": 48,
         "dataDigest": MANIFEST.dataset_digest,
         "configDigest": TINY.digest(),
         "samples": 320,
@@ -92,12 +92,12 @@ def test_tensors_that_do_not_fit_are_refused_with_every_key(card, backbone):
     del tensors["mask_token"], tensors["blocks.1.ls1.gamma"]
     tensors["head.weight"] = torch.zeros(3)
     tensors["pos_embed"] = torch.zeros(1, 17, 192)
-    with pytest.raises(ValueError, match="not those of the model card's vit_tiny/8 at 64 px") as error:
+    with pytest.raises(ValueError, match="not those of the model card's vit_tiny/8 at 48 px") as error:
         backbone_from_card(card, tensors)
     assert str(error.value).splitlines()[1:] == [
         "missing (2): blocks.1.ls1.gamma, mask_token",
         "unexpected (1): head.weight",
-        "shapes (1): pos_embed is (1, 17, 192), not (1, 65, 192)",
+        "shapes (1): pos_embed is (1, 17, 192), not (1, 37, 192)",
     ]
 
 

@@ -52,6 +52,7 @@ def config(variant="sinkhorn", *, virtual_ranks=4, global_batch=12, drop_path=0.
                 "schedule": {
                     "warmupSamples": 3 * global_batch,
                     "freezeLastLayerSamples": global_batch,
+                    "teacherTemperature": [0.04, 0.07],
                     "teacherTemperatureSamples": 10 * global_batch,
                 },
                 "loss": VARIANTS[variant]["loss"],
