@@ -46,6 +46,7 @@ def test_every_checkpoint_of_a_run_is_evaluated_once_and_the_page_is_written(cal
 
 def test_each_step_uses_every_virtual_rank_and_an_epoch_uses_every_sample_once(calm):
     assert sorted(calm.samples) == [(step, rank) for step in range(32) for rank in range(4)]
+    assert sorted(calm.metrics) == list(range(1, 33))
     first_epoch = [name for key in sorted(calm.samples) for name in calm.samples[key]][: 32 * 16]
     assert len(first_epoch) == 512
     counts = {name: first_epoch.count(name) for name in set(first_epoch)}

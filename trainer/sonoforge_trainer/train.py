@@ -165,6 +165,8 @@ class Run:
         self._saved_time, self._saved_step = time.monotonic(), -1
         self._failed_saves = 0
         self._unfinite_steps = 0
+        self._pending: StepOutput | None = None
+        self._recorded = -1
 
     def __enter__(self) -> Run:
         return self
@@ -179,7 +181,6 @@ class Run:
             self._save()  # the random initialisation: what every later checkpoint is compared with
         step = Step(self.training, self.state, self.ranks, self.config.execution)
         batches = self._stream.batches(self.step, self.ranks.virtual_ranks(self.training.recipe.virtual_ranks))
-        pending: StepOutput | None = None
         while self.step < steps:
             self._clock.begin()
             batch = next(batches)
@@ -193,25 +194,22 @@ class Run:
             )
             self.step += 1
             self._keep_samples(batch)
-            agreed = pending.read() if pending else None
-            pending = output
+            agreed = self._pending.read() if self._pending else None
+            self._pending = output
             self._clock.end()
             if agreed:
                 self._record(agreed)
                 if agreed.stop:
-                    return self._leave(pending)
+                    return self._leave()
             self._follow_schedule(agreed)
             self._publish(Activity.TRAINING)
-        if pending:
-            self._record(pending.read())
         self._save_and_wait()
         self._publish(Activity.FINISHED)
         log.info("finished", step=self.step)
         return ExitCode.OK
 
-    def _leave(self, pending: StepOutput) -> ExitCode:
+    def _leave(self) -> ExitCode:
         """Save where everybody stands, then go."""
-        self._record(pending.read())
         self._save_and_wait()
         self._publish(Activity.STOPPED)
         log.info("stopped", step=self.step)
@@ -262,6 +260,8 @@ class Run:
             self._save()
 
     def _save(self) -> None:
+        if self._pending:
+            self._record(self._pending.read())  # the log of a checkpoint ends with its own step
         self._publish(Activity.CHECKPOINTING)
         self._saved_time, self._saved_step = time.monotonic(), self.step
         samples = self.step * self.training.recipe.global_batch
@@ -324,7 +324,10 @@ class Run:
     # --- telling ------------------------------------------------------------------------------------------------------
 
     def _record(self, report: StepReport) -> None:
-        """Take over the values of an ended step, and write a record when an interval is over."""
+        """Take over the values of an ended step, once, and write a record when an interval is over."""
+        if report.step <= self._recorded:
+            return
+        self._recorded = report.step
         account = self._account
         account.losses, account.finite = report.losses, report.finite
         account.skipped_steps = report.skipped
