@@ -18,7 +18,7 @@ from rich.text import Text
 from sonoforge_operator.api import JobFile
 from sonoforge_operator.observed import Plan
 from sonoforge_operator.status import JobStatus
-from sonoforge_trainer.contract import canonical_json
+from sonoforge_trainer.contract import canonical_json, split_score
 
 _RECENT_EVENTS = 8
 _JSON_EVERY_SECONDS = 10.0
@@ -124,7 +124,7 @@ class TerminalDisplay:
             Text(f"{self._file.job.metadata.name}  {status.phase}", style="bold"),
             bar,
             head,
-            _table(status),
+            _table(status, self._file.job.spec.evaluation.best_by),
             *self._events,
         )
 
@@ -158,23 +158,26 @@ def _facts(status: JobStatus, now: float) -> dict[str, object]:
     return facts
 
 
-def scores_table(status: JobStatus, *, width: int = 160) -> str:
-    """The scores of every checkpoint as text."""
+def scores_table(status: JobStatus, best_by: str | None, *, width: int = 200) -> str:
+    """The scores of every checkpoint as text: one for each evaluation and protocol, and the one that decides."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(_table(status))
+    console.print(_table(status, best_by))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def _table(status: JobStatus) -> Table:
-    names = sorted({name for c in status.checkpoints for e in c.evaluations for name in _headlines(e.scores)})
+def _table(status: JobStatus, best_by: str | None) -> Table:
+    names = sorted({name for c in status.checkpoints for e in c.evaluations for name in _headlines(e.scores, best_by)})
     table = Table(box=None, pad_edge=False)
-    for title in ("CHECKPOINT", "STEP", "SAMPLES", *names, ""):
-        table.add_column(title, justify="left" if title in ("CHECKPOINT", "") else "right", overflow="fold")
+    for title in ("CHECKPOINT", "STEP", "SAMPLES"):
+        table.add_column(title, justify="left" if title == "CHECKPOINT" else "right", vertical="bottom", no_wrap=True)
+    for name in names:
+        table.add_column("\n".join(split_score(name)), justify="right", no_wrap=True)
+    table.add_column("")
     for checkpoint in status.checkpoints:
         cells = []
         for name in names:
-            owner = next((e for e in checkpoint.evaluations if name.startswith(f"{e.name}-")), None)
+            owner = next((e for e in checkpoint.evaluations if e.name == split_score(name)[0]), None)
             score = checkpoint.score(name)
             cells.append(f"{score:.4f}" if score is not None else (owner.phase.lower() if owner else ""))
         table.add_row(
@@ -187,8 +190,8 @@ def _table(status: JobStatus) -> Table:
     return table
 
 
-_HEADLINE_METRICS = ("f1_macro", "balanced_accuracy", "dice_foreground", "rankme")
+_HEADLINE_METRICS = ("f1_macro", "dice_foreground", "rankme")
 
 
-def _headlines(scores: Mapping[str, object]) -> list[str]:
-    return [name for name in scores if name.split("/")[-1] in _HEADLINE_METRICS]
+def _headlines(scores: Mapping[str, object], best_by: str | None) -> list[str]:
+    return [name for name in scores if name == best_by or name.split("/")[-1] in _HEADLINE_METRICS]

@@ -53,7 +53,7 @@ def command(job_file: Path, state: Path | None, quiet: bool) -> None:
             port.stop_everything()
             sys.exit(128 + signal.SIGINT)
     page = write_report(port, status)
-    click.echo(scores_table(status))
+    click.echo(scores_table(status, file.job.spec.evaluation.best_by))
     click.echo(f"report: {page}")
     sys.exit(ExitCode.OK if status.phase == "Succeeded" else ExitCode.FAILED)
 
