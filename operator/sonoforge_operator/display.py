@@ -117,16 +117,14 @@ class TerminalDisplay:
     def _render(self, status: JobStatus, now: float) -> Group:
         facts = _facts(status, now)
         progress = status.progress
-        bar = ProgressBar(total=max(1, progress.steps if progress else 1), completed=progress.step if progress else 0)
-        head = Table.grid(padding=(0, 2))
-        head.add_row(*(Text(f"{name} {value}") for name, value in facts.items() if value not in ("", None)))
-        return Group(
-            Text(f"{self._file.job.metadata.name}  {status.phase}", style="bold"),
-            bar,
-            head,
-            _table(status, self._file.job.spec.evaluation.best_by),
-            *self._events,
+        done = Table.grid(expand=True)
+        done.add_row(
+            ProgressBar(total=max(1, progress.steps if progress else 1), completed=progress.step if progress else 0)
         )
+        title = Text(f"{self._file.job.metadata.name}  {status.phase}", style="bold")
+        line = Text("  ".join(f"{n} {v}" for n, v in facts.items() if n != "phase" and v not in ("", None)))
+        best_by = self._file.job.spec.evaluation.best_by
+        return Group(title, done, line, _table(status, best_by), *self._events)
 
 
 def _facts(status: JobStatus, now: float) -> dict[str, object]:
