@@ -112,19 +112,19 @@ class LocalPort:
                     f"where this job keeps its checkpoints"
                 )
         if not path.exists() or path.read_text() != config.to_json():
-            _write_atomically(path, config.to_json())
+            write_atomically(path, config.to_json())
         return config
 
     def _keep_secret(self, name: str) -> str:
         path = self.folder / name
         if not path.exists():
-            _write_atomically(path, secrets.token_hex(32))
+            write_atomically(path, secrets.token_hex(32))
         return path.read_text()
 
     def _keep_endpoints(self) -> Endpoints:
         path = self.folder / "coordinator.json"
         if not path.exists():
-            _write_atomically(path, Endpoints(host="127.0.0.1", store_port=_port(), http_port=_port()).to_json())
+            write_atomically(path, Endpoints(host="127.0.0.1", store_port=_port(), http_port=_port()).to_json())
         return Endpoints.from_json(path.read_text(), where=str(path))
 
     def adopt(self, file: JobFile) -> None:
@@ -144,7 +144,7 @@ class LocalPort:
         path = self.folder / "status.json"
         text = status.to_json()
         if not path.exists() or path.read_text() != text:
-            _write_atomically(path, text)
+            write_atomically(path, text)
         if events:
             progress = status.progress
             with (self.folder / "events.jsonl").open("a") as log:
@@ -315,7 +315,7 @@ class LocalPort:
             case "evaluation":
                 assert child.request is not None
                 request = self.folder / "children" / f"{child.name}.request.json"
-                _write_atomically(request, child.request.to_json())
+                write_atomically(request, child.request.to_json())
                 return [*python, "eval", "--request", str(request)]
             case "retention":
                 deletes = [f"--delete={id_}" for id_ in child.prune]
@@ -397,7 +397,8 @@ def _port() -> int:
         return port
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a private file in one step: who reads it sees the old text or the new one."""
     temporary = path.with_name(path.name + ".new")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:  # noqa: PTH123 - mode
         handle.write(text)

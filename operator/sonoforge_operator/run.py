@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -14,11 +15,11 @@ import click
 
 from sonoforge_operator.api import JobFile, parse_job_file
 from sonoforge_operator.display import Display, make_display, scores_table
-from sonoforge_operator.local import LocalError, LocalPort
+from sonoforge_operator.local import LocalError, LocalPort, write_atomically
 from sonoforge_operator.plan import plan
-from sonoforge_operator.status import JobStatus
+from sonoforge_operator.status import JobStatus, requests_of
 from sonoforge_operator.summary import summarise
-from sonoforge_trainer.contract import ContractError, ExitCode, canonical_json
+from sonoforge_trainer.contract import ContractError, ExitCode, Score, canonical_json
 
 
 class _Told(Exception):  # noqa: N818 - not an error: somebody asked the runner to end
@@ -108,7 +109,7 @@ def write_report(port: LocalPort, status: JobStatus) -> Path:
     """Write the HTML page of a job that is over; a page that is already right is left alone."""
     summary = port.folder / "summary.json"
     page = port.folder / "report.html"
-    text = summarise(port.file, status, port.events()).to_json()
+    text = summarise(port.file, status, port.events(), measure_floors(port, status)).to_json()
     if not (page.exists() and summary.exists() and summary.read_text() == text):
         summary.write_text(text)
         subprocess.run(
@@ -116,6 +117,25 @@ def write_report(port: LocalPort, status: JobStatus) -> Path:
             check=True,
         )
     return page
+
+
+def measure_floors(port: LocalPort, status: JobStatus) -> dict[str, Score]:
+    """Scores of methods without learning on every evaluation set, measured once and kept; none without a checkpoint."""
+    kept = port.folder / "floors.json"
+    if not kept.exists() and status.checkpoints:
+        found: dict[str, object] = {}
+        for _, request in requests_of(status.checkpoints[0].ref, port.file.evaluations):
+            done = subprocess.run(
+                [sys.executable, "-m", "sonoforge_trainer", "eval", "--floors", "--request", "-"],
+                input=request.to_json().encode(),
+                stdout=subprocess.PIPE,
+                check=True,
+            )
+            found |= json.loads(done.stdout)
+        write_atomically(kept, canonical_json(found))
+    if not kept.exists():
+        return {}
+    return {name: Score.parse(score, where=name) for name, score in json.loads(kept.read_text()).items()}
 
 
 def local_uid(file: JobFile) -> str:

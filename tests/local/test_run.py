@@ -39,6 +39,7 @@ def test_every_checkpoint_of_a_run_is_evaluated_once_and_the_page_is_written(cal
     assert calm.status.restarts == {}
     page = (folder / "state" / "calm" / "report.html").read_text()
     assert "tiny-knn/f1_macro" in page
+    assert "raw-pixels" in page
     assert page.count("<figure") >= 2
     summary = RunSummary.from_json((folder / "state" / "calm" / "summary.json").read_text())
     assert [c.ref.step for c in summary.checkpoints] == [0, 16, 32]
