@@ -24,7 +24,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,7 @@ from typing import Any
 import click
 import numpy as np
 import structlog
-from loaders_own import MICRO_BATCH
-from loaders_peers import LOADERS, Job
+from loaders_peers import LOADERS, MICRO_BATCH, Job
 from PIL import Image
 
 from sonoforge_trainer.contract import Shard, ShardManifest, dataset_digest
@@ -132,7 +131,9 @@ class Process:
         return self._answer()
 
     def close(self) -> None:
-        """End it."""
+        """End it in order, so that its semaphores go with it, or else at once."""
+        with suppress(subprocess.TimeoutExpired, BrokenPipeError):
+            self._process.communicate(timeout=10)
         self._process.kill()
         self._process.communicate()
 

@@ -9,16 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
-from loaders_peers import Epoch, Job, serve
+from loaders_peers import MICRO_BATCH, Epoch, Job, serve
 
 from sonoforge_trainer.contract import ExecutionConfig, ShardManifest, TrainConfig
 from sonoforge_trainer.decode import decode
 from sonoforge_trainer.redact import KeyHasher
 from sonoforge_trainer.storage import Storage
 from sonoforge_trainer.stream import Stream
-
-MICRO_BATCH = 64
-"""Samples of a micro-batch; the number of samples in the set is a multiple of it."""
 
 
 class Sonoforge:

@@ -21,6 +21,8 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
+MICRO_BATCH = 64
+"""Samples of a micro-batch, of those that know of one; the number of samples in the set is a multiple of it."""
 SHUFFLE_SAMPLES = 1000
 """Samples that webdataset and mosaicml-streaming shuffle together; the tutorials' order of magnitude."""
 
@@ -149,7 +151,7 @@ class Mosaic:
         data = streaming.StreamingDataset(
             **where,
             shuffle=True,
-            batch_size=64,
+            batch_size=MICRO_BATCH,
             num_canonical_nodes=1,
             shuffle_block_size=SHUFFLE_SAMPLES,
             predownload=self._job.samples,
