@@ -245,20 +245,24 @@ def disturb(run: LocalRun, *, kills: int, seed: int) -> list[Kill]:
         targets = run.pids(kind)
         if not targets:
             continue
-        progress = run.progress()
+        before = run.progress()
+        if before is None:
+            continue
         killed = time.time()
         os.kill(draw.choice(sorted(targets)), signal.SIGKILL)
-        run.wait(lambda since=killed: _stepping(run, since=since) or _over(run))
+        # A worker's end is felt when the group has formed again: a step that was under way is no recovery.
+        old_group = before.attempt if kind in ("worker", "agent") else None
+        run.wait(lambda since=killed, group=old_group: _stepping(run, since=since, not_in=group) or _over(run))
         after = run.progress()
         seconds = (after.step_time if after and after.step_time > killed else time.time()) - killed
-        done.append(Kill(kind, progress.step if progress else 0, seconds))
+        done.append(Kill(kind, before.step, seconds))
         print(f"kill {len(done)}/{kills}: {kind} at step {done[-1].step}, next step after {seconds:.1f} s", flush=True)
     return done
 
 
-def _stepping(run: LocalRun, since: float) -> bool:
+def _stepping(run: LocalRun, since: float, not_in: str | None = None) -> bool:
     progress = run.progress()
-    return progress is not None and progress.step_time > since and progress.step > 0
+    return progress is not None and progress.step_time > since and progress.step > 0 and progress.attempt != not_in
 
 
 def _over(run: LocalRun) -> bool:
