@@ -237,10 +237,10 @@ def disturb(run: LocalRun, *, kills: int, seed: int) -> list[Kill]:
     draw = random.Random(seed)
     done: list[Kill] = []
     while len(done) < kills:
-        run.wait(lambda: _stepping(run, since=0.0))
+        run.wait(lambda: _stepping(run, since=0.0) or _over(run))
         time.sleep(draw.uniform(0.0, 2.0))  # any moment of a step, a checkpoint, an evaluation
-        if run.runner.poll() not in (None, -signal.SIGKILL):
-            break
+        if _over(run):
+            break  # the job ended before it was killed often enough
         kind = draw.choice(KINDS)
         targets = run.pids(kind)
         if not targets:
@@ -323,7 +323,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--nodes", type=int, default=2)
     options = parser.parse_args()
