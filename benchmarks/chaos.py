@@ -33,8 +33,9 @@ from sonoforge_operator.status import JobStatus
 from sonoforge_trainer.contract import Progress
 
 KINDS = ("worker", "agent", "coordinator", "runner")
-LOSS_TOLERANCE = 2e-3
-"""Largest relative difference of the logged loss between two runs, over the whole run (fp32 on CPU)."""
+LOSS_TOLERANCE = 1e-4
+"""Largest relative difference of the logged loss between two runs, over the whole run (fp32 on CPU). Seen: 2e-7 in 400
+steps with 45 kills; nearest neighbours in KoLeo may flip on a rounding, so there is room."""
 
 JOB = """
 apiVersion: sonoforge.dev/v1alpha1

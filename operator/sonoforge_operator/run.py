@@ -112,10 +112,9 @@ def write_report(port: LocalPort, status: JobStatus) -> Path:
     text = summarise(port.file, status, port.events(), measure_floors(port, status)).to_json()
     if not (page.exists() and summary.exists() and summary.read_text() == text):
         summary.write_text(text)
-        subprocess.run(
-            [sys.executable, "-m", "sonoforge_trainer", "report", "--summary", str(summary), "--output", str(page)],
-            check=True,
-        )
+        command = ["report", "--summary", str(summary), "--output", str(page)]
+        if subprocess.run([sys.executable, "-m", "sonoforge_trainer", *command], check=False).returncode:
+            click.echo("the page could not be written; give the same command again to try once more", err=True)
     return page
 
 
@@ -129,8 +128,13 @@ def measure_floors(port: LocalPort, status: JobStatus) -> dict[str, Score]:
                 [sys.executable, "-m", "sonoforge_trainer", "eval", "--floors", "--request", "-"],
                 input=request.to_json().encode(),
                 stdout=subprocess.PIPE,
-                check=True,
+                check=False,
             )
+            if done.returncode:
+                click.echo(
+                    f"the floors of {request.evaluation.name} could not be measured; the page leaves them out", err=True
+                )
+                return {}
             found |= json.loads(done.stdout)
         write_atomically(kept, canonical_json(found))
     if not kept.exists():

@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 METRICS = "metrics.jsonl"
 _MAX_POINTS = 600
-_LOSS_PARTS = ("loss", "loss_dino_global", "loss_dino_local", "loss_dino", "loss_ibot", "loss_koleo")
+_LOSS_PARTS = ("loss", "loss_dino", "loss_ibot", "loss_koleo")
 _CURVES = (
     ("Learning rate", ("lr",), False),
     ("Gradient norms", ("grad_norm_backbone", "grad_norm_dino_head", "grad_norm_ibot_head"), True),
