@@ -71,7 +71,7 @@ $(VENV)/ready: requirements/dev.lock pyproject.toml
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)-bench/ready: requirements/bench.lock
+$(VENV)-bench/ready: requirements/bench.lock | $(VENV)/ready
 	@echo "installing the peers to compare with into $(VENV)-bench"
 	@test -x $(VENV)-bench/bin/python || $(PYTHON) -m venv $(VENV)-bench
 	@$(BIN)/uv pip sync --quiet --python $(VENV)-bench/bin/python --require-hashes requirements/bench.lock
