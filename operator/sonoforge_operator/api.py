@@ -79,6 +79,8 @@ class EvaluationPolicy(Part):
     """Direction of the score."""
     stop_after_no_gain: Annotated[int, Field(ge=1)] | None = None
     """End the job after this many checkpoints in a row without a better score."""
+    floors: bool = True
+    """Run the protocols once also without any learning (raw pixels, HOG, the mean mask), while no checkpoint waits."""
     parallel: Annotated[int, Field(ge=1)] = 1
     """Evaluations that may run at the same time."""
     retries: Count = 2

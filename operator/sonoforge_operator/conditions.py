@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 from sonoforge_operator.api import JobFile
+from sonoforge_operator.children import newest_start
 from sonoforge_operator.observed import Observed
 from sonoforge_operator.rules import Stall
-from sonoforge_operator.status import Condition, JobStatus, Phase
+from sonoforge_operator.status import Condition, JobStatus, Outcome, Phase
 from sonoforge_trainer.contract import Activity, Progress
+
+_NEWS_SECONDS = 30.0
+"""How long the last news holds while a coordinator is replaced."""
 
 
 def conditions(
     job: JobFile, status: JobStatus, observed: Observed, stall: Stall | None, now: float
 ) -> tuple[Condition, ...]:
     """All conditions of a job. `since` moves only where the status of a condition changes."""
-    progress = observed.progress
     workers = [f for name, f in observed.children.items() if name.startswith("worker-")]
     running = sum(f.running for f in workers)
     outcome = status.outcome
-    waiting = [e for c in status.checkpoints for e in c.evaluations if e.phase in ("Pending", "Running")]
+    waiting = [e for c in status.checkpoints for e in c.evaluations if not e.ended]
+    waiting += [f for f in status.floors if not f.ended and status.checkpoints]
     suspended = job.job.spec.suspend and not running and outcome is None
-    # A run trains when a step ended since its newest process started: what it says of itself is not enough.
-    stepping = bool(
-        progress
-        and running
-        and not stall
-        and progress.activity in (Activity.TRAINING, Activity.CHECKPOINTING)
-        and progress.step_time > status.attempt_started
-    )
-    facts = [
+    facts: list[_Fact] = [
         ("Accepted", True, "Valid", "the job can run"),
-        ("Rendezvoused", bool(progress and progress.world_size and running), _rendezvous_reason(progress, running), ""),
-        (
-            "Training",
-            stepping,
-            _training_reason(progress, running, outcome is not None),
-            _training_message(progress, stepping),
-        ),
+        _rendezvoused(observed.progress, running),
+        _training(job, status, observed, stall, now) if running and outcome is None else _not_training(outcome),
         ("Stalled", stall is not None, stall.reason if stall else "Stepping", stall.message if stall else ""),
         ("Evaluating", bool(waiting), "Backlog" if waiting else "UpToDate", f"{len(waiting)} evaluations to do"),
         ("Suspended", suspended, "Asked" if suspended else "NotAsked", ""),
@@ -45,7 +36,7 @@ def conditions(
     made = []
     for kind, holds, reason, message in facts:
         before = status.condition(kind)
-        value = "True" if holds else "False"
+        value = "Unknown" if holds is None else "True" if holds else "False"
         since = before.since if before and before.status == value else now
         made.append(
             Condition.parse({"type": kind, "status": value, "reason": reason, "message": message, "since": since})
@@ -56,17 +47,49 @@ def conditions(
 def phase(found: tuple[Condition, ...]) -> Phase:
     """One word for printing: the first condition of this order that holds."""
     holds = {c.type for c in found if c.status == "True"}
-    for condition, word in _PHASES:
-        if condition in holds:
-            return word
-    return "Pending"
+    if any(c.type == "Training" and c.status == "Unknown" for c in found):
+        holds.add("Training")  # the last that was known; silence that lasts is a stall
+    return next((word for condition, word in _PHASES if condition in holds), "Pending")
 
 
-def _end(result: str, status: JobStatus, otherwise: str) -> tuple[str, bool, str, str]:
+_Fact = tuple[str, bool | None, str, str]
+"""Type, whether it holds (None: not known), reason, message."""
+
+
+def _end(result: str, status: JobStatus, otherwise: str) -> _Fact:
     outcome = status.outcome
     if outcome is None or outcome.result != result:
         return result, False, otherwise, ""
     return result, status.terminal, outcome.reason, outcome.message
+
+
+def _rendezvoused(answer: Progress | None, running: int) -> _Fact:
+    if not running:
+        return "Rendezvoused", False, "NoWorkers", ""
+    if answer is None or not answer.updated:
+        return "Rendezvoused", None, "Unreachable", "the coordinator does not know yet"
+    formed = bool(answer.world_size)
+    return "Rendezvoused", formed, "Formed" if formed else "Waiting", f"{answer.world_size} processes"
+
+
+def _training(job: JobFile, status: JobStatus, observed: Observed, stall: Stall | None, now: float) -> _Fact:
+    """A run trains when a step ended since its newest process started: what it says of itself is not enough."""
+    known = status.progress
+    if known is None or known.step_time <= newest_start(job, status, observed):
+        return "Training", False, str(known.activity) if known else "Waiting", "no step since the last start"
+    if stall:
+        return "Training", False, stall.reason, stall.message
+    if known.activity not in (Activity.TRAINING, Activity.CHECKPOINTING):
+        return "Training", False, str(known.activity), ""
+    message = f"step {known.step} of {known.steps} on {known.world_size} processes"
+    silent = observed.progress is None or not observed.progress.updated
+    if silent and now - known.updated > _NEWS_SECONDS:
+        return "Training", None, "Unreachable", f"last known: {message}"
+    return "Training", True, str(known.activity), message
+
+
+def _not_training(outcome: Outcome | None) -> _Fact:
+    return "Training", False, "Over" if outcome else "NoWorkers", ""
 
 
 _PHASES: tuple[tuple[str, Phase], ...] = (
@@ -77,25 +100,3 @@ _PHASES: tuple[tuple[str, Phase], ...] = (
     ("Suspended", "Suspended"),
     ("Evaluating", "Evaluating"),
 )
-
-
-def _rendezvous_reason(progress: Progress | None, running: int) -> str:
-    if not running:
-        return "NoWorkers"
-    if progress is None:
-        return "Unreachable"
-    return "Formed" if progress.world_size else "Waiting"
-
-
-def _training_reason(progress: Progress | None, running: int, training_over: bool) -> str:
-    if training_over:
-        return "Over"
-    if not running:
-        return "NoWorkers"
-    return str(progress.activity) if progress else "Unreachable"
-
-
-def _training_message(progress: Progress | None, stepping: bool) -> str:
-    if not progress or not stepping:
-        return ""
-    return f"step {progress.step} of {progress.steps} on {progress.world_size} processes"

@@ -9,7 +9,7 @@ from typing import Literal
 from sonoforge_operator.status import JobStatus
 from sonoforge_trainer.contract import EvaluationRequest, Progress, Request, Termination
 
-ChildKind = Literal["coordinator", "worker", "evaluation", "retention"]
+ChildKind = Literal["coordinator", "worker", "evaluation", "floor", "retention", "inventory"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,11 @@ class Child:
     index: int = 0
     """Number of the node, for a worker."""
     request: EvaluationRequest | None = None
-    """What to evaluate, for an evaluation."""
+    """What to evaluate, for an evaluation; for a floor, what to run without any learning."""
     prune: tuple[str, ...] = ()
     """Ids of the checkpoints to delete, for retention."""
+    from_step: int = 0
+    """First step to list, for an inventory."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from sonoforge_operator.api import RestartPolicy, seconds
 from sonoforge_operator.observed import ChildFact
-from sonoforge_operator.status import JobStatus, Outcome, RestartCause
+from sonoforge_operator.status import Backoff, JobStatus, Outcome, RestartCause, Tries
 from sonoforge_trainer.contract import Activity, ExitCode, Progress
 
 End = Literal["finished", "config"] | RestartCause
@@ -23,7 +23,10 @@ _BY_CODE: dict[int, End] = {
     ExitCode.TERMINATED: "infrastructure",
 }
 _DATA_RESTARTS, _MEMORY_RESTARTS, _NOT_FINITE_RESTARTS = 3, 1, 1
-_CHECKPOINT_PATIENCE_SECONDS = 600.0
+_CHECKPOINT_PATIENCE_SECONDS = 3900.0
+"""The trainer itself gives a checkpoint up after an hour."""
+_MOST_LOST = 20
+_QUICK_RESTARTS, _LONGEST_BACKOFF_SECONDS = 3, 300.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,18 @@ def classify(fact: ChildFact) -> Failure:
     if fact.exit_code is None or fact.exit_code < 0 or (said and fact.exit_code != 0):
         return Failure("infrastructure", "the process was killed" if fact.exit_code != ExitCode.TERMINATED else "")
     return Failure(_BY_CODE.get(fact.exit_code, "application"), f"exit code {fact.exit_code}")
+
+
+# --- when a small process is given up ---------------------------------------------------------------------------------
+
+
+def tried(before: Tries, failure: Failure, retries: int) -> tuple[Tries, bool]:
+    """The tries after one more failed, and whether there is another. Being killed counts apart, and far longer."""
+    if failure.cause in ("infrastructure", "finished"):
+        lost = before.lost + 1
+        return Tries(failures=before.failures, lost=lost), lost <= _MOST_LOST
+    failures = before.failures + 1
+    return Tries(failures=failures, lost=before.lost), failures <= retries and failure.cause != "config"
 
 
 # --- when a job is given up -------------------------------------------------------------------------------------------
@@ -133,6 +148,13 @@ def _over(cause: str, limit: int, reason: str, advice: str, facts: GiveUpFacts) 
     return None
 
 
+def backoff(before: Backoff, now: float, *, useful: bool) -> Backoff:
+    """When to start again what just ended: at once, but later and later where it ends without any use."""
+    deaths = 0 if useful else before.deaths + 1
+    wait = 0.0 if deaths <= _QUICK_RESTARTS else min(_LONGEST_BACKOFF_SECONDS, 2.0 ** (deaths - _QUICK_RESTARTS))
+    return Backoff(deaths=deaths, until=now + wait)
+
+
 # --- what a run that does not step is waiting for ---------------------------------------------------------------------
 
 
@@ -140,12 +162,18 @@ def _over(cause: str, limit: int, reason: str, advice: str, facts: GiveUpFacts) 
 class StallFacts:
     """What the judgement about a stall depends on."""
 
-    progress: Progress | None
+    progress: Progress
+    """The newest progress known, which may be older than the coordinator that answers."""
+    answered: bool
+    """Whether the coordinator answered just now."""
     running: int
+    """Nodes that run."""
     min_nodes: int
     policy: RestartPolicy
     since: float
     """Unix time of the newest start of a process."""
+    coordinator_since: float
+    """Unix time at which the coordinator started. It knows nothing that happened before; nor does it need to hurry."""
     now: float
 
 
@@ -160,16 +188,17 @@ class Stall:
 
 def coordinator_is_silent(facts: StallFacts) -> Stall | None:
     """Nothing is known, so nothing is done to the workers."""
-    if facts.progress is None and facts.now - facts.since > _startup(facts.policy):
-        return Stall("Unreachable", "the coordinator does not answer", restart=False)
+    waited = facts.now - max(facts.since, facts.coordinator_since, facts.progress.updated)
+    if not facts.answered and waited > _startup(facts.policy):
+        return Stall("Unreachable", f"the coordinator does not answer for {waited:.0f} s", restart=False)
     return None
 
 
 def first_step_is_late(facts: StallFacts) -> Stall | None:
     """The process group does not get going."""
-    if facts.progress is None or facts.running < facts.min_nodes or facts.progress.step_time > facts.since:
+    if not facts.answered or facts.running < facts.min_nodes or facts.progress.step_time > facts.since:
         return None
-    waited = facts.now - facts.since
+    waited = facts.now - max(facts.since, facts.coordinator_since)
     if waited > _startup(facts.policy):
         return Stall("Rendezvous", f"no step {waited:.0f} s after the start; starting over", restart=True)
     return None
@@ -179,7 +208,7 @@ def step_is_late(facts: StallFacts) -> Stall | None:
     """The process group stepped, and stopped stepping."""
     progress = facts.progress
     if (
-        progress is None
+        not facts.answered
         or progress.step_time <= facts.since
         or progress.activity in (Activity.FINISHED, Activity.STOPPED)
     ):
@@ -188,7 +217,7 @@ def step_is_late(facts: StallFacts) -> Stall | None:
     checkpointing = progress.activity is Activity.CHECKPOINTING
     if checkpointing:
         limit = max(limit, _CHECKPOINT_PATIENCE_SECONDS)
-    waited = facts.now - progress.step_time
+    waited = facts.now - max(progress.step_time, facts.coordinator_since)
     if waited <= limit:
         return None
     message = f"no step for {waited:.0f} s (limit {limit:.0f} s); starting over from the last checkpoint"

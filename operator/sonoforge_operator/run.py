@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 import click
 
 from sonoforge_operator.api import JobFile, parse_job_file
 from sonoforge_operator.display import Display, make_display, scores_table
-from sonoforge_operator.local import LocalError, LocalPort, write_atomically
+from sonoforge_operator.local import LocalError, LocalPort
+from sonoforge_operator.observed import Plan
 from sonoforge_operator.plan import plan
-from sonoforge_operator.status import JobStatus, requests_of
+from sonoforge_operator.processes import write_atomically
+from sonoforge_operator.status import JobStatus
 from sonoforge_operator.summary import summarise
-from sonoforge_trainer.contract import ContractError, ExitCode, Score, canonical_json
+from sonoforge_trainer.contract import ContractError, ExitCode, canonical_json
 
 
-class _Told(Exception):  # noqa: N818 - not an error: somebody asked the runner to end
-    """SIGINT or SIGTERM."""
+class Told:
+    """SIGINT and SIGTERM, while this is entered: the first asks the runner to end, a second one to hurry."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.number = signal.SIGINT
+
+    @property
+    def once(self) -> bool:
+        """Whether somebody asked."""
+        return self.times > 0
+
+    def twice(self) -> bool:
+        """Whether somebody asked again."""
+        return self.times > 1
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._tell) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        self.times += 1
+        self.number = signal.Signals(number)
 
 
 @click.command(name="run", short_help="Run a PretrainJob on this machine.")
@@ -38,7 +65,7 @@ def command(job_file: Path, state: Path | None, quiet: bool) -> None:
     """Run the PretrainJob of JOB_FILE on this machine: train, evaluate every checkpoint, write a report.
 
     A run that was interrupted in any way goes on where it was when the command is given again. Ctrl-C saves a
-    checkpoint and stops.
+    checkpoint and stops; a second Ctrl-C stops without saving.
     """
     file = parse_job_file(job_file.read_text(), where=str(job_file))
     folder = state or Path("runs") / file.job.metadata.name
@@ -46,54 +73,57 @@ def command(job_file: Path, state: Path | None, quiet: bool) -> None:
         port = LocalPort(folder, file, local_uid(file))
     except LocalError as error:
         raise click.ClickException(str(error)) from None
-    with make_display(file, quiet=quiet) as display:
-        try:
-            status = follow(port, display, job_file)
-        except _Told:
-            display.say("stopping: workers save a checkpoint; run the same command to continue")
-            port.stop_everything()
-            sys.exit(128 + signal.SIGINT)
-    page = write_report(port, status)
-    click.echo(scores_table(status, file.job.spec.evaluation.best_by))
-    click.echo(f"report: {page}")
+    with Told() as told, make_display(file, quiet=quiet) as display:
+        status = follow(port, display, job_file, told)
+        if not status.terminal:
+            display.say("stopping: workers save a checkpoint; Ctrl-C again does not wait for it")
+            stop(port, display, told)
+            display.say("stopped; the same command goes on from there")
+            sys.exit(128 + told.number)
+    click.echo(scores_table(status, port.file.job.spec.evaluation.best_by))
+    if status.outcome and status.phase == "Failed":
+        click.echo(f"failed: {status.outcome.reason}: {status.outcome.message}")
+        click.echo(f"logs: {folder / 'logs'}")
+    click.echo(f"report: {write_report(port, status)}")
     sys.exit(ExitCode.OK if status.phase == "Succeeded" else ExitCode.FAILED)
 
 
-def follow(port: LocalPort, display: Display, job_file: Path) -> JobStatus:
-    """Observe, plan, record, apply, until the job is over. Returns the last status.
+def follow(port: LocalPort, display: Display, job_file: Path, told: Told) -> JobStatus:
+    """Observe, plan, record, apply, until the job is over or somebody asks to end. Returns the last status.
 
     The job file is read again when it changes: its mutable parts can be edited while the job runs.
     """
-    told = False
     text = job_file.read_text()
+    while True:
+        text = _reread(port, display, job_file, text)
+        decided = _record_pass(port, display)
+        if told.once and not decided.status.terminal:
+            return decided.status
+        port.apply(decided)
+        if decided.status.terminal and not port.observe().children:
+            return decided.status
+        time.sleep(min(decided.wake_after, 0.2 if decided.status.terminal else 1.0))
 
-    def tell(number: int, frame: FrameType | None) -> None:
-        nonlocal told
-        told = True
 
-    before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while True:
-            text = _reread(port, display, job_file, text)
-            now = time.time()
-            decided = plan(port.file, port.observe(), now)
-            port.record(decided.status, decided.events, now)
-            display.show(decided, now)
-            port.apply(decided)
-            if told:
-                raise _Told
-            if decided.status.terminal and not port.observe().children:
-                return decided.status
-            time.sleep(min(decided.wake_after, 0.2 if decided.status.terminal else 1.0))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def stop(port: LocalPort, display: Display, told: Told) -> None:
+    """Stop every child. What the workers saved on leaving is taken over before the coordinator that knows it ends."""
+    port.stop(workers_only=True, at_once=told.twice)
+    _record_pass(port, display)
+    port.stop(at_once=told.twice)
+
+
+def _record_pass(port: LocalPort, display: Display) -> Plan:
+    now = time.time()
+    decided = plan(port.file, port.observe(), now)
+    port.record(decided.status, decided.events, now)
+    display.show(decided, now)
+    return decided
 
 
 def _reread(port: LocalPort, display: Display, job_file: Path, before: str) -> str:
     try:
         text = job_file.read_text()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return before  # moved or being replaced: what is running goes on
     if text != before:
         try:
@@ -109,37 +139,17 @@ def write_report(port: LocalPort, status: JobStatus) -> Path:
     """Write the HTML page of a job that is over; a page that is already right is left alone."""
     summary = port.folder / "summary.json"
     page = port.folder / "report.html"
-    text = summarise(port.file, status, port.events(), measure_floors(port, status)).to_json()
+    text = summarise(port.file, status, port.events()).to_json()
     if not (page.exists() and summary.exists() and summary.read_text() == text):
-        summary.write_text(text)
-        command = ["report", "--summary", str(summary), "--output", str(page)]
-        if subprocess.run([sys.executable, "-m", "sonoforge_trainer", *command], check=False).returncode:
-            click.echo("the page could not be written; give the same command again to try once more", err=True)
+        page.unlink(missing_ok=True)  # a page beside another summary would look right the next time
+        write_atomically(summary, text)
+        done = subprocess.run(
+            [sys.executable, "-m", "sonoforge_trainer", "report", "--summary", str(summary), "--output", str(page)],
+            check=False,
+        )
+        if done.returncode:
+            raise click.ClickException(f"the report of {summary} was not written; give the same command to try again")
     return page
-
-
-def measure_floors(port: LocalPort, status: JobStatus) -> dict[str, Score]:
-    """Scores of methods without learning on every evaluation set, measured once and kept; none without a checkpoint."""
-    kept = port.folder / "floors.json"
-    if not kept.exists() and status.checkpoints:
-        found: dict[str, object] = {}
-        for _, request in requests_of(status.checkpoints[0].ref, port.file.evaluations):
-            done = subprocess.run(
-                [sys.executable, "-m", "sonoforge_trainer", "eval", "--floors", "--request", "-"],
-                input=request.to_json().encode(),
-                stdout=subprocess.PIPE,
-                check=False,
-            )
-            if done.returncode:
-                click.echo(
-                    f"the floors of {request.evaluation.name} could not be measured; the page leaves them out", err=True
-                )
-                return {}
-            found |= json.loads(done.stdout)
-        write_atomically(kept, canonical_json(found))
-    if not kept.exists():
-        return {}
-    return {name: Score.parse(score, where=name) for name, score in json.loads(kept.read_text()).items()}
 
 
 def local_uid(file: JobFile) -> str:

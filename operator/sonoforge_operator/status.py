@@ -30,8 +30,31 @@ class Condition(Part):
     """Unix time of the last change of `status`."""
 
 
+class Tries(Part):
+    """How often a process was tried. Its next name has their number, so that no name is used twice."""
+
+    failures: int = 0
+    """Times it failed by itself."""
+    lost: int = 0
+    """Times it was killed from outside, which does not count as failing."""
+
+    @property
+    def number(self) -> int:
+        """Number of the next try."""
+        return self.failures + self.lost
+
+
+class Backoff(Part):
+    """Processes that end again and again without any use are started again later and later."""
+
+    deaths: int = 0
+    """Ends in a row without any use in between."""
+    until: float = 0.0
+    """Unix time of the next start."""
+
+
 class EvaluationStatus(Part):
-    """One evaluation of one checkpoint."""
+    """One evaluation of one checkpoint, or the floors of one evaluation."""
 
     name: str
     """Name of the evaluation in the suite."""
@@ -40,11 +63,18 @@ class EvaluationStatus(Part):
     phase: EvaluationPhase = "Pending"
     """Where it stands."""
     failures: int = 0
-    """Times it failed or was lost."""
+    """Times it failed by itself."""
+    lost: int = 0
+    """Times it was killed from outside, which does not count as failing."""
     scores: dict[str, Score] = {}
-    """Scores as NAME-PROTOCOL/METRIC."""
+    """Scores as NAME-PROTOCOL/METRIC; those of floors as FLOOR:NAME-PROTOCOL/METRIC."""
     reason: str = ""
     """Why it failed."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over, well or not."""
+        return self.phase in ("Succeeded", "Failed")
 
 
 class CheckpointStatus(Part):
@@ -62,7 +92,7 @@ class CheckpointStatus(Part):
     @property
     def evaluated(self) -> bool:
         """Whether every evaluation has ended, well or not."""
-        return all(e.phase in ("Succeeded", "Failed") for e in self.evaluations)
+        return all(e.ended for e in self.evaluations)
 
     def score(self, name: str) -> float | None:
         """A score by its full name, where it is known."""
@@ -114,12 +144,38 @@ class JobStatus(Part):
     """Unix time at which the attempt's first process was wanted."""
     replaced: float = 0.0
     """Unix time at which a process was last replaced; it then has the startup deadline for its first step."""
+    node_backoff: Backoff = Backoff()
+    """When nodes that end without a step are started again."""
+    coordinator_backoff: Backoff = Backoff()
+    """When a coordinator that ends soon after its start is started again."""
     progress: Progress | None = None
     """The newest progress seen."""
+    reached_step: int = 0
+    """Newest step seen of the process group that trains."""
+    reached_by: str = ""
+    """Identity of that process group."""
     lost_steps: int = 0
     """Steps that had to be done again."""
     checkpoints: tuple[CheckpointStatus, ...] = ()
     """Every committed checkpoint, oldest first."""
+    quarantined: tuple[str, ...] = ()
+    """URIs of checkpoints found damaged."""
+    suite: str = ""
+    """Digest of the evaluations that the checkpoints have; where the job asks for others, they follow."""
+    floors: tuple[EvaluationStatus, ...] = ()
+    """For each evaluation, the same protocols without any learning."""
+    pruning: tuple[str, ...] = ()
+    """Ids of the checkpoints whose training state is being deleted."""
+    retention: Tries = Tries()
+    """Tries to delete them."""
+    retention_left: tuple[str, ...] = ()
+    """The newest set that could not be deleted; it is left alone until there is more to delete."""
+    inventory: Tries = Tries()
+    """Tries of the listing at the end."""
+    inventories: int = 0
+    """Listings that found checkpoints nobody had reported."""
+    listed: bool = False
+    """Whether storage was asked, after the last process left, for checkpoints that nobody reported."""
     best: str = ""
     """Id of the best checkpoint."""
     best_score: float | None = None
@@ -138,8 +194,13 @@ class JobStatus(Part):
 
     @property
     def durable_step(self) -> int:
-        """Step of the newest checkpoint, -1 before the first."""
-        return max((c.ref.step for c in self.checkpoints), default=-1)
+        """Step of the newest sound checkpoint, -1 before the first."""
+        return max((c.ref.step for c in self.sound), default=-1)
+
+    @property
+    def sound(self) -> tuple[CheckpointStatus, ...]:
+        """The checkpoints that were not found damaged."""
+        return tuple(c for c in self.checkpoints if c.ref.uri not in self.quarantined)
 
     def condition(self, kind: str) -> Condition | None:
         """A condition by type."""
@@ -157,3 +218,8 @@ def requests_of(
                 checkpoint_uri=checkpoint.uri, checkpoint_digest=checkpoint.manifest_digest, evaluation=evaluation
             ),
         )
+
+
+def request_of(checkpoint: CheckpointRef, evaluations: tuple[Evaluation, ...], id_: str) -> EvaluationRequest:
+    """The request with an id, which the suite must hold."""
+    return next(request for _, request in requests_of(checkpoint, evaluations) if request.id == id_)

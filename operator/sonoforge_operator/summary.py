@@ -7,7 +7,7 @@ from sonoforge_operator.status import JobStatus, requests_of
 from sonoforge_trainer.contract import CheckpointSummary, RunEvent, RunSummary, Score
 
 
-def summarise(file: JobFile, status: JobStatus, events: tuple[RunEvent, ...], floors: dict[str, Score]) -> RunSummary:
+def summarise(file: JobFile, status: JobStatus, events: tuple[RunEvent, ...]) -> RunSummary:
     """What a run came to."""
     spec = file.job.spec
     checkpoints = []
@@ -34,7 +34,7 @@ def summarise(file: JobFile, status: JobStatus, events: tuple[RunEvent, ...], fl
         checkpoints_uri=spec.checkpoints.uri,
         best_by=spec.evaluation.best_by,
         checkpoints=tuple(checkpoints),
-        floors=floors,
+        floors={name: score for floor in status.floors for name, score in floor.scores.items()},
         events=events,
         restarts=status.restarts,
         lost_steps=status.lost_steps,

@@ -90,10 +90,10 @@ def test_random_kills_of_every_process_change_nothing_that_was_learned(calm, sta
 
 
 def test_a_runner_that_is_told_to_stop_saves_and_goes_on_when_it_is_called_again(calm, start):
-    run = start("stopped", nodes=2)
-    run.wait(lambda: (p := run.progress()) is not None and p.step >= 10)
+    run = start("stopped", nodes=2, every=1000)
+    run.wait(lambda: (p := run.progress()) is not None and p.step >= 4)
     run.runner.send_signal(signal.SIGTERM)
-    assert run.runner.wait(120) == 130
+    assert run.runner.wait(120) == 143
     assert list((run.state / "children").glob("*.pid")) == []
     assert run.pids("agent") == []
     run.start_again()
@@ -101,7 +101,7 @@ def test_a_runner_that_is_told_to_stop_saves_and_goes_on_when_it_is_called_again
     outcome = run.outcome()
     assert differences(calm, outcome) == []
     assert outcome.status.lost_steps == 0
-    assert {c.ref.step for c in outcome.status.checkpoints} > {0, 16, 32}
+    assert {c.ref.step for c in outcome.status.checkpoints} > {0, 32}
 
 
 def test_a_second_runner_on_the_same_job_is_refused(start):

@@ -12,12 +12,14 @@ from typing import ParamSpec, TypeVar
 import click
 import structlog
 
+from sonoforge_trainer import termination
 from sonoforge_trainer.checkpoint.errors import DamagedCheckpointError
 from sonoforge_trainer.checkpoint.pruning import prune as prune_checkpoints
 from sonoforge_trainer.checkpoint.store import PRUNED, CheckpointStore, Prefix
-from sonoforge_trainer.contract import COMMIT, QUARANTINE, CheckpointRef, ExitCode
+from sonoforge_trainer.contract import COMMIT, QUARANTINE, CheckpointRef, ExitCode, Termination
 from sonoforge_trainer.storage import Storage, StorageError
 
+_REFS_IN_A_MESSAGE = 8
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -50,12 +52,20 @@ def command() -> None:
 @command.command("list")
 @click.argument("uri")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--from-step", type=click.IntRange(0), default=0, help="List only these and later steps.")
 @_explained
-def list_checkpoints(uri: str, as_json: bool) -> None:
-    """List what is below URI, by step: committed, damaged, quarantined, pruned and uncommitted."""
+def list_checkpoints(uri: str, as_json: bool, from_step: int) -> None:
+    """List what is below URI, by step: committed, damaged, quarantined, pruned and uncommitted.
+
+    Where a termination message is asked for, it holds the oldest of the committed ones, as many as fit.
+    """
     store = CheckpointStore(Storage.from_env(), uri)
-    refs = {ref.uri: ref for ref in store.committed()}
+    refs = {ref.uri: ref for ref in store.committed() if ref.step >= from_step}
+    found = [ref.document() for ref in refs.values()][:_REFS_IN_A_MESSAGE]
+    termination.write(Termination(cause="done", result={"checkpoints": found}))
     for prefix in store.prefixes():
+        if prefix.step < from_step:
+            continue
         state, ref = _state(prefix, refs), refs.get(prefix.uri)
         if as_json:
             document = {"state": state, "uri": prefix.uri, "step": prefix.step}

@@ -60,7 +60,7 @@ class RunSummary(Part):
     checkpoints: tuple[CheckpointSummary, ...] = ()
     """Every checkpoint, oldest first."""
     floors: dict[str, Score] = {}
-    """Scores without any learning, for example raw pixels, as NAME-PROTOCOL/METRIC."""
+    """Scores without any learning, as FLOOR:NAME-PROTOCOL/METRIC, for example raw-pixels:planes-knn/f1_macro."""
     events: tuple[RunEvent, ...] = ()
     """What happened, oldest first."""
     restarts: dict[str, int] = {}

@@ -1,0 +1,151 @@
+"""The process group of a job: its size, its losses, its failures, and whether it steps."""
+
+from __future__ import annotations
+
+from sonoforge_operator import rules
+from sonoforge_operator.api import seconds
+from sonoforge_operator.children import (
+    coordinator_name,
+    coordinator_wanted,
+    last_checkpoint_is_known,
+    newest_start,
+    node_deaths,
+    training_wanted,
+    worker_facts,
+)
+from sonoforge_operator.observed import ChildFact, Event
+from sonoforge_operator.status import Backoff, JobStatus
+from sonoforge_operator.turn import Turn
+from sonoforge_trainer.contract import Progress, Request
+
+_USEFUL_SECONDS = 60.0
+
+
+def resize(at: Turn) -> Turn:
+    """Start a new attempt where the spec asks for another size. The old one saves a checkpoint on leaving."""
+    wanted = at.spec.workers
+    if at.status.workers == wanted:
+        return at
+    if at.status.workers is None:
+        return at.update(workers=wanted)
+    if not training_wanted(at.job, at.status):
+        return at
+    event = Event("Resized", f"{wanted.min_nodes} to {wanted.max_nodes} nodes of {wanted.gpus_per_node} processes")
+    return _next_attempt(at.update(event, workers=wanted))
+
+
+def count_coordinator(at: Turn) -> Turn:
+    """Replace a coordinator that ended."""
+    fact = at.observed.children.get(coordinator_name(at.status))
+    if fact is None or fact.running or not coordinator_wanted(at.job, at.status, at.observed):
+        return at
+    useful = at.now - fact.started > _USEFUL_SECONDS
+    return at.update(
+        Event("CoordinatorReplaced", "the coordinator ended; training goes on", warning=True),
+        coordinator_deaths=at.status.coordinator_deaths + 1,
+        coordinator_backoff=rules.backoff(at.status.coordinator_backoff, at.now, useful=useful),
+        restarts=_raised(at.status, "coordinator"),
+    )
+
+
+def count_workers(at: Turn) -> Turn:
+    """Replace lost nodes one by one; start a new attempt, or give up, for anything else."""
+    if not training_wanted(at.job, at.status) or last_checkpoint_is_known(at.job, at.status):
+        return at  # what was committed decides, not how the processes end after it
+    facts = worker_facts(at.job, at.status, at.observed)
+    failures = [(i, f, rules.classify(f)) for i, f in facts if not f.running]
+    real = [f for _, _, f in failures if f.cause not in ("finished", "infrastructure")]
+    if real:
+        # Where one node fails, the others end because of it: theirs is never the cause while another is known.
+        return _restart(at, min(real, key=lambda f: f.cause == "collective"))
+    lost = [(i, f) for i, f, failure in failures if failure.cause == "infrastructure"]
+    if lost:
+        at = _replace(at, lost)
+    finished = [f for _, f, failure in failures if failure.cause == "finished"]
+    if finished and len(finished) == len(facts) and at.observed.progress is not None:
+        # They ended well, but nobody saw the last report: a fresh group reads it back from storage and reports again.
+        return _next_attempt(at)
+    return at
+
+
+def watch_for_stalls(at: Turn) -> Turn:
+    """Start over a group that does not step."""
+    if not training_wanted(at.job, at.status) or last_checkpoint_is_known(at.job, at.status):
+        return at
+    coordinator = at.observed.children.get(coordinator_name(at.status))
+    facts = rules.StallFacts(
+        progress=at.status.progress or Progress(),
+        answered=at.observed.progress is not None,
+        running=sum(f.running for _, f in worker_facts(at.job, at.status, at.observed)),
+        min_nodes=at.spec.workers.min_nodes,
+        policy=at.spec.restart_policy,
+        since=newest_start(at.job, at.status, at.observed),
+        coordinator_since=coordinator.started if coordinator else at.now,
+        now=at.now,
+    )
+    found = rules.stalled(facts)
+    if found is None:
+        return at
+    if found.restart:
+        at = _restart(at, rules.Failure("stall", f"{found.reason}: {found.message}"))
+    return at.stalled(found)
+
+
+def _next_attempt(at: Turn, backoff: Backoff | None = None) -> Turn:
+    return at.update(
+        attempt=at.status.attempt + 1,
+        worker_deaths=(),
+        attempt_started=at.now,
+        replaced=at.now,
+        node_backoff=backoff or Backoff(),
+    )
+
+
+def _replace(at: Turn, lost: list[tuple[int, ChildFact]]) -> Turn:
+    deaths = list(node_deaths(at.status, at.job))
+    restarts = dict(at.status.restarts)
+    events = []
+    for index, _ in lost:
+        deaths[index] += 1
+        restarts["infrastructure"] = restarts.get("infrastructure", 0) + 1
+        events.append(Event("WorkerReplaced", f"node {index} was lost; a new one is started", warning=True))
+    requests = (Request(kind="lost", node=str(index), id=fact.name) for index, fact in lost)
+    return at.update(
+        *events, worker_deaths=tuple(deaths), restarts=restarts, replaced=at.now, node_backoff=_node_backoff(at)
+    ).ask(*requests)
+
+
+def _restart(at: Turn, failure: rules.Failure) -> Turn:
+    """Count a failure of the whole group, then start a new attempt or give up."""
+    policy = at.spec.restart_policy
+    durable = at.status.durable_step
+    moved = durable > at.status.durable_step_at_restart
+    window = at.now - seconds(policy.application.window)
+    applications = [t for t in at.status.application_failures if t > window]
+    if failure.cause == "application":
+        applications.append(at.now)
+    # A group that lost its nodes did nothing wrong; every other restart has to bring the run forward.
+    stuck = 1 if moved else at.status.restarts_without_progress + (failure.cause != "collective")
+    counted = at.update(
+        restarts=_raised(at.status, failure.cause),
+        application_failures=tuple(applications),
+        restarts_without_progress=stuck,
+        durable_step_at_restart=durable,
+    )
+    outcome = rules.give_up(rules.GiveUpFacts(failure, counted.status, policy))
+    if outcome:
+        return counted.update(Event(outcome.reason, outcome.message, warning=True), outcome=outcome)
+    message = f"attempt {at.status.attempt + 1} after {failure.cause}: {failure.message}".rstrip(": ")
+    event = Event("Restarted", message, warning=True)
+    return _next_attempt(counted.update(event, failed_attempt=at.status.attempt), _node_backoff(at))
+
+
+def _node_backoff(at: Turn) -> Backoff:
+    """Nodes were of use where a step ended since they were last started."""
+    started = max(at.status.attempt_started, at.status.replaced)
+    useful = at.status.progress is not None and at.status.progress.step_time > started
+    return rules.backoff(at.status.node_backoff, at.now, useful=useful)
+
+
+def _raised(status: JobStatus, cause: str) -> dict[str, int]:
+    return {**status.restarts, cause: status.restarts.get(cause, 0) + 1}

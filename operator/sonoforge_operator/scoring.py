@@ -1,0 +1,164 @@
+"""Scores: which evaluations each checkpoint has, what became of them, and which checkpoint is best."""
+
+from __future__ import annotations
+
+import hashlib
+
+from sonoforge_operator import rules
+from sonoforge_operator.api import JobFile
+from sonoforge_operator.children import evaluation_name, floor_name
+from sonoforge_operator.observed import ChildFact, Event
+from sonoforge_operator.status import CheckpointStatus, EvaluationStatus, Tries, requests_of
+from sonoforge_operator.turn import Turn
+from sonoforge_trainer.contract import (
+    CheckpointRef,
+    ContractError,
+    Evaluation,
+    Score,
+    canonical_json,
+    split_score,
+)
+
+
+def checkpoint_status(ref: CheckpointRef, job: JobFile) -> CheckpointStatus:
+    """A new checkpoint, with everything still to do."""
+    evaluations = tuple(EvaluationStatus(name=e.name, id=r.id) for e, r in requests_of(ref, job.evaluations))
+    return CheckpointStatus(ref=ref, evaluations=evaluations)
+
+
+def follow_suite(at: Turn) -> Turn:
+    """Give every checkpoint the evaluations that the job asks for now. What was scored before is kept."""
+    suite = _suite_digest(at.job)
+    if at.status.suite == suite:
+        return at
+    checkpoints = tuple(
+        c.model_copy(update={"evaluations": tuple(_evaluations_of(c, at.job))}) for c in at.status.checkpoints
+    )
+    known = {f.id: f for f in at.status.floors}
+    fresh = [EvaluationStatus(name=e.name, id=e.digest().removeprefix("sha256:")[:16]) for e in _with_floors(at.job)]
+    return at.update(suite=suite, checkpoints=checkpoints, floors=tuple(known.get(f.id, f) for f in fresh))
+
+
+def score_checkpoints(at: Turn) -> Turn:
+    """Take over ended evaluations and start waiting ones: oldest checkpoint first, floors where none waits."""
+    policy = at.spec.evaluation
+    events: list[Event] = []
+    checkpoints: list[CheckpointStatus] = []
+    for checkpoint in at.status.checkpoints:
+        evaluations = []
+        for evaluation in checkpoint.evaluations:
+            fact = at.observed.children.get(evaluation_name(evaluation))
+            after = _advance(evaluation, fact, policy.retries, prefix=f"{evaluation.name}-")
+            evaluations.append(after)
+            events += _told(f"{checkpoint.ref.id}, {after.name}", evaluation, after, policy.best_by)
+        checkpoints.append(checkpoint.model_copy(update={"evaluations": tuple(evaluations)}))
+    floors = []
+    for floor in at.status.floors:
+        after = _advance(floor, at.observed.children.get(floor_name(floor)), policy.retries, prefix="")
+        floors.append(after)
+        events += _told(f"floors of {after.name}", floor, after, None)
+    running = sum(e.phase == "Running" for e in [*floors, *(e for c in checkpoints for e in c.evaluations)])
+    for number, checkpoint in enumerate(checkpoints):
+        started = _started(checkpoint.evaluations, policy.parallel - running)
+        running += sum(e.phase == "Running" for e in started) - sum(
+            e.phase == "Running" for e in checkpoint.evaluations
+        )
+        checkpoints[number] = checkpoint.model_copy(update={"evaluations": started})
+    if checkpoints and not any(e.phase == "Pending" for c in checkpoints for e in c.evaluations):
+        floors = list(_started(tuple(floors), policy.parallel - running))
+    return at.update(*events, checkpoints=tuple(checkpoints), floors=tuple(floors))
+
+
+def choose_best(at: Turn) -> Turn:
+    """Name the checkpoint with the best score; of equal ones the oldest."""
+    policy = at.spec.evaluation
+    name = policy.best_by
+    scored = [(s, c.ref.id) for c in at.status.checkpoints if name and (s := c.score(name)) is not None]
+    if not scored:
+        return at
+    sign = 1 if policy.best_is == "highest" else -1
+    score, best = max(scored, key=lambda pair: sign * pair[0])
+    if (best, score) == (at.status.best, at.status.best_score):
+        return at
+    checkpoints = tuple(c.model_copy(update={"best": c.ref.id == best}) for c in at.status.checkpoints)
+    return at.update(
+        Event("NewBest", f"{best}: {name} {score:.4f}"), checkpoints=checkpoints, best=best, best_score=score
+    )
+
+
+def _suite_digest(job: JobFile) -> str:
+    asked = [[e.document() for e in job.evaluations], job.job.spec.evaluation.floors]
+    return hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:16]
+
+
+def _evaluations_of(checkpoint: CheckpointStatus, job: JobFile) -> list[EvaluationStatus]:
+    known = {e.id: e for e in checkpoint.evaluations}
+    found = []
+    for fresh in checkpoint_status(checkpoint.ref, job).evaluations:
+        evaluation = known.get(fresh.id, fresh)
+        if checkpoint.pruned and not evaluation.ended:
+            reason = "the checkpoint was deleted by retention before this evaluation was asked for"
+            evaluation = evaluation.model_copy(update={"phase": "Failed", "reason": reason})
+        found.append(evaluation)
+    return found
+
+
+def _with_floors(job: JobFile) -> list[Evaluation]:
+    if not job.job.spec.evaluation.floors:
+        return []
+    return [e for e in job.evaluations if set(e.protocols) != {"health"}]
+
+
+def _started(evaluations: tuple[EvaluationStatus, ...], free: int) -> tuple[EvaluationStatus, ...]:
+    """With as many of the waiting ones started as there are free places."""
+    found = []
+    for evaluation in evaluations:
+        if evaluation.phase == "Pending" and free > 0:
+            free -= 1
+            evaluation = evaluation.model_copy(update={"phase": "Running"})
+        found.append(evaluation)
+    return tuple(found)
+
+
+def _advance(evaluation: EvaluationStatus, fact: ChildFact | None, retries: int, *, prefix: str) -> EvaluationStatus:
+    """An evaluation after what its process did. One that waits again gets a new name."""
+    if evaluation.phase != "Running" or fact is None or fact.running:
+        return evaluation
+    failure = rules.classify(fact)
+    said = fact.termination
+    if fact.exit_code in (0, None) and said and said.result is not None:
+        try:
+            scores = {f"{prefix}{name}": Score.parse(value) for name, value in said.result.items()}
+            return evaluation.model_copy(update={"phase": "Succeeded", "scores": scores, "reason": ""})
+        except ContractError:
+            failure = rules.Failure("application", "its scores cannot be read")
+    before = Tries(failures=evaluation.failures, lost=evaluation.lost)
+    tries, again = rules.tried(before, failure, retries)
+    counted = evaluation.model_copy(update={"failures": tries.failures, "lost": tries.lost})
+    if again:
+        return counted.model_copy(update={"phase": "Pending"})
+    reason = failure.message or str(failure.cause)
+    if tries.lost > before.lost:
+        reason = f"killed {tries.lost} times without an answer; is there enough memory?"
+    return counted.model_copy(update={"phase": "Failed", "reason": reason})
+
+
+def _told(what: str, before: EvaluationStatus, after: EvaluationStatus, best_by: str | None) -> list[Event]:
+    """What to tell about an evaluation that ended or has to be done again."""
+    if after.phase == "Failed" and not before.ended:
+        return [Event("EvaluationFailed", f"{what}: {after.reason}", warning=True)]
+    if after.failures > before.failures:
+        return [Event("EvaluationRetried", f"{what}: it failed and is done again", warning=True)]
+    if after.phase != "Succeeded" or before.ended:
+        return []
+    events = [Event("Evaluated", f"{what}: {_summary(after.scores)}")]
+    if best_by and split_score(best_by)[0] == after.name and best_by not in after.scores:
+        protocol = best_by.partition("/")[0]
+        known = sorted(n for n in after.scores if n.startswith(f"{protocol}/"))
+        message = f"{what}: bestBy {best_by!r} is not among its scores. Allowed: {', '.join(known) or 'none'}"
+        events.append(Event("BestByUnknown", message, warning=True))
+    return events
+
+
+def _summary(scores: dict[str, Score]) -> str:
+    return ", ".join(f"{name} {score.value:.4f}" for name, score in sorted(scores.items())[:4])
