@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import time
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -17,11 +15,13 @@ from rich.text import Text
 
 from sonoforge_operator.api import JobFile
 from sonoforge_operator.observed import Plan
+from sonoforge_operator.scores import score_cell, score_names, shown_checkpoints
 from sonoforge_operator.status import JobStatus
 from sonoforge_trainer.contract import canonical_json, split_score
 
 _RECENT_EVENTS = 8
 _JSON_EVERY_SECONDS = 10.0
+_LABEL_WIDTH, _SCORE_WIDTH = 36, 10
 
 
 class Display(Protocol):
@@ -71,7 +71,7 @@ class JsonDisplay:
         state = (decided.status.phase, progress.step if progress else 0)
         if now >= self._next and state != self._last:
             self._next, self._last = now + _JSON_EVERY_SECONDS, state
-            self._write(now, event="Progress", level="info", **_facts(decided.status, now))
+            self._write(now, event="Progress", level="info", **_facts(decided.status))
 
     def say(self, message: str) -> None:
         """Write one sentence."""
@@ -88,7 +88,8 @@ class TerminalDisplay:
 
     def __init__(self, file: JobFile, console: Console | None = None) -> None:
         self._file = file
-        self._live = Live(console=console or Console(), refresh_per_second=4, transient=False)
+        self._console = console or Console()
+        self._live = Live(console=self._console, refresh_per_second=4, transient=False)
         self._events: list[Text] = []
 
     def __enter__(self) -> Self:
@@ -108,88 +109,117 @@ class TerminalDisplay:
                 Text(f"{stamp}  {event.reason}  {event.message}", style="yellow" if event.warning else "")
             )
         self._events = self._events[-_RECENT_EVENTS:]
-        self._live.update(self._render(decided.status, now))
+        self._live.update(self._render(decided.status))
 
     def say(self, message: str) -> None:
         """Print one sentence above the table."""
-        self._live.console.print(message)
+        self._console.print(message)
 
-    def _render(self, status: JobStatus, now: float) -> Group:
-        facts = _facts(status, now)
+    def _render(self, status: JobStatus) -> Group:
         progress = status.progress
         done = Table.grid(expand=True)
         done.add_row(
             ProgressBar(total=max(1, progress.steps if progress else 1), completed=progress.step if progress else 0)
         )
         title = Text(f"{self._file.job.metadata.name}  {status.phase}", style="bold")
-        line = Text("  ".join(f"{n} {v}" for n, v in facts.items() if n != "phase" and v not in ("", None)))
+        lines = [Text(" · ".join(words)) for words in (_progress_words(status), _record_words(status)) if words]
+        stall = status.condition("Stalled")
+        if stall and stall.status == "True":
+            lines.append(Text(f"{stall.reason}: {stall.message}", style="yellow"))
+        return Group(title, done, *lines, self._scores(status), *self._events)
+
+    def _scores(self, status: JobStatus) -> Table:
+        """A row for each score; as many checkpoints as fit."""
         best_by = self._file.job.spec.evaluation.best_by
-        return Group(title, done, line, _table(status, best_by), *self._events)
+        shown = shown_checkpoints(status, (self._console.width - _LABEL_WIDTH) // _SCORE_WIDTH)
+        names = score_names(status, best_by)
+        table = Table(box=None, pad_edge=False, show_header=bool(names))
+        table.add_column("SCORE AT STEP", no_wrap=True)
+        for checkpoint in shown:
+            table.add_column(str(checkpoint.ref.step), justify="right", no_wrap=True)
+        for name in names:
+            decides = name == best_by
+            cells = [Text(score_cell(c, name), style="green" if c.best and decides else "") for c in shown]
+            table.add_row(Text(" ".join(split_score(name)), style="bold" if decides else ""), *cells)
+        return table
 
 
-def _facts(status: JobStatus, now: float) -> dict[str, object]:
+def duration(seconds: float) -> str:
+    """A time for a person: 45 s, 12 min, 1 h 20 min, 2 d 3 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def seconds_left(status: JobStatus) -> float | None:
+    """Time to the end of the budget at the present rate; None where it is not known, or nothing is left to train."""
+    progress = status.progress
+    if progress is None or progress.samples_per_second <= 0 or status.outcome is not None:
+        return None
+    return (progress.budget_samples - progress.samples) / progress.samples_per_second
+
+
+def _progress_words(status: JobStatus) -> list[str]:
+    progress = status.progress
+    if progress is None:
+        return []
+    words = [
+        f"step {progress.step} of {progress.steps}",
+        f"{progress.samples:,} images",
+        f"{progress.world_size} process{'es' if progress.world_size != 1 else ''}",
+    ]
+    if progress.loss is not None:
+        words.append(f"loss {progress.loss:.4f}")
+    words += [f"{progress.samples_per_second:.1f} images/s", f"{progress.data_wait:.0%} of it waiting for data"]
+    left = seconds_left(status)
+    return words if left is None else [*words, f"{duration(left)} left"]
+
+
+def _record_words(status: JobStatus) -> list[str]:
+    words = []
+    if status.checkpoints:
+        words.append(
+            f"{sum(c.evaluated for c in status.checkpoints)} of {len(status.checkpoints)} checkpoints evaluated"
+        )
+    best = next((c for c in status.checkpoints if c.best), None)
+    if best and status.best_score is not None:
+        words.append(f"best {status.best_score:.4f} at step {best.ref.step}")
+    if status.restarts:
+        words.append("restarts: " + ", ".join(f"{n} {cause}" for cause, n in sorted(status.restarts.items())))
+    if status.lost_steps:
+        words.append(f"{status.lost_steps} steps done again")
+    return words
+
+
+def _facts(status: JobStatus) -> dict[str, object]:
+    """The state as fields for machines."""
     progress = status.progress
     facts: dict[str, object] = {"phase": status.phase}
     if progress:
-        left = progress.budget_samples - progress.samples
+        left = seconds_left(status)
         facts |= {
-            "step": f"{progress.step}/{progress.steps}",
+            "step": progress.step,
+            "steps": progress.steps,
             "samples": progress.samples,
             "processes": progress.world_size,
-            "loss": None if progress.loss is None else round(progress.loss, 4),
-            "images/s": round(progress.samples_per_second, 1),
+            "loss": progress.loss,
+            "samplesPerSecond": round(progress.samples_per_second, 2),
             "dataWait": round(progress.data_wait, 3),
-            "eta": f"{left / progress.samples_per_second:.0f}s" if progress.samples_per_second > 0 else None,
+            "secondsLeft": None if left is None else round(left),
         }
-    if status.checkpoints:
-        facts["checkpoints"] = len(status.checkpoints)
-        facts["evaluated"] = sum(c.evaluated for c in status.checkpoints)
+    facts["checkpoints"] = len(status.checkpoints)
+    facts["evaluated"] = sum(c.evaluated for c in status.checkpoints)
     if status.best:
-        facts["best"] = f"{status.best_score:.4f} at {status.best}"
-    restarts = sum(status.restarts.values())
-    if restarts:
-        facts["restarts"] = restarts
-        facts["lostSteps"] = status.lost_steps
+        facts |= {"best": status.best, "bestScore": status.best_score}
+    if status.restarts:
+        facts |= {"restarts": status.restarts, "lostSteps": status.lost_steps}
     stall = status.condition("Stalled")
     if stall and stall.status == "True":
         facts["stalled"] = f"{stall.reason}: {stall.message}"
     return facts
-
-
-def scores_table(status: JobStatus, best_by: str | None, *, width: int = 200) -> str:
-    """The scores of every checkpoint as text: one for each evaluation and protocol, and the one that decides."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(_table(status, best_by))
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
-def _table(status: JobStatus, best_by: str | None) -> Table:
-    names = sorted({name for c in status.checkpoints for e in c.evaluations for name in _headlines(e.scores, best_by)})
-    table = Table(box=None, pad_edge=False)
-    for title in ("CHECKPOINT", "STEP", "SAMPLES"):
-        table.add_column(title, justify="left" if title == "CHECKPOINT" else "right", vertical="bottom", no_wrap=True)
-    for name in names:
-        table.add_column("\n".join(split_score(name)), justify="right", no_wrap=True)
-    table.add_column("")
-    for checkpoint in status.checkpoints:
-        cells = []
-        for name in names:
-            owner = next((e for e in checkpoint.evaluations if e.name == split_score(name)[0]), None)
-            score = checkpoint.score(name)
-            cells.append(f"{score:.4f}" if score is not None else (owner.phase.lower() if owner else ""))
-        table.add_row(
-            checkpoint.ref.id.split("-")[-1],
-            str(checkpoint.ref.step),
-            str(checkpoint.ref.samples),
-            *cells,
-            "best" if checkpoint.best else "",
-        )
-    return table
-
-
-_HEADLINE_METRICS = ("f1_macro", "dice_foreground", "rankme")
-
-
-def _headlines(scores: Mapping[str, object], best_by: str | None) -> list[str]:
-    return [name for name in scores if name == best_by or name.split("/")[-1] in _HEADLINE_METRICS]

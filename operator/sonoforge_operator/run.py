@@ -14,11 +14,12 @@ from typing import Self
 import click
 
 from sonoforge_operator.api import JobFile, parse_job_file
-from sonoforge_operator.display import Display, make_display, scores_table
+from sonoforge_operator.display import Display, make_display
 from sonoforge_operator.local import LocalError, LocalPort
 from sonoforge_operator.observed import Plan
 from sonoforge_operator.plan import plan
 from sonoforge_operator.processes import write_atomically
+from sonoforge_operator.scores import scores_table
 from sonoforge_operator.status import JobStatus
 from sonoforge_operator.summary import summarise
 from sonoforge_trainer.contract import ContractError, ExitCode, canonical_json
@@ -84,7 +85,8 @@ def command(job_file: Path, state: Path | None, quiet: bool) -> None:
     if status.outcome and status.phase == "Failed":
         click.echo(f"failed: {status.outcome.reason}: {status.outcome.message}")
         click.echo(f"logs: {folder / 'logs'}")
-    click.echo(f"report: {write_report(port, status)}")
+    page = write_report(port, status)
+    click.echo(f"report: {page or 'could not be written; give the same command to try again'}")
     sys.exit(ExitCode.OK if status.phase == "Succeeded" else ExitCode.FAILED)
 
 
@@ -135,21 +137,17 @@ def _reread(port: LocalPort, display: Display, job_file: Path, before: str) -> s
     return text
 
 
-def write_report(port: LocalPort, status: JobStatus) -> Path:
-    """Write the HTML page of a job that is over; a page that is already right is left alone."""
+def write_report(port: LocalPort, status: JobStatus) -> Path | None:
+    """Write the HTML page of a job that is over; a page that is already right is left alone. None where it failed."""
     summary = port.folder / "summary.json"
     page = port.folder / "report.html"
     text = summarise(port.file, status, port.events()).to_json()
     if not (page.exists() and summary.exists() and summary.read_text() == text):
         page.unlink(missing_ok=True)  # a page beside another summary would look right the next time
         write_atomically(summary, text)
-        done = subprocess.run(
-            [sys.executable, "-m", "sonoforge_trainer", "report", "--summary", str(summary), "--output", str(page)],
-            check=False,
-        )
-        if done.returncode:
-            raise click.ClickException(f"the report of {summary} was not written; give the same command to try again")
-    return page
+        command = ["report", "--summary", str(summary), "--output", str(page)]
+        subprocess.run([sys.executable, "-m", "sonoforge_trainer", *command], check=False)
+    return page if page.exists() else None
 
 
 def local_uid(file: JobFile) -> str:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
 from builders import World, job, said_scores
 from rich.console import Console
 
-from sonoforge_operator.display import JsonDisplay, TerminalDisplay, scores_table
+from sonoforge_operator.display import JsonDisplay, TerminalDisplay, duration
+from sonoforge_operator.scores import scores_table, shown_checkpoints
+from sonoforge_operator.status import EvaluationStatus
+from sonoforge_trainer.contract import Score
 
 
 def evaluated() -> World:
@@ -27,9 +31,9 @@ def test_the_table_has_a_row_a_checkpoint_and_a_column_a_protocol():
     assert [line.split() for line in lines] == [
         ["planes"],
         ["knn"],
-        ["CHECKPOINT", "STEP", "SAMPLES", "f1_macro"],
-        ["000000000000", "0", "0", "0.2500"],
-        ["000000000000", "10", "320", "0.5000", "best"],
+        ["STEP", "SAMPLES", "f1_macro"],
+        ["0", "0", "0.2500"],
+        ["10", "320", "0.5000", "best"],
     ]
 
 
@@ -37,7 +41,7 @@ def test_a_score_that_is_not_there_yet_says_where_its_evaluation_stands():
     world = evaluated()
     world.report(40, 0, 10, 30)
     world.turn()
-    assert scores_table(world.status, None).splitlines()[-1].split()[1:] == ["30", "960", "running"]
+    assert scores_table(world.status, None).splitlines()[-1].split() == ["30", "960", "running"]
 
 
 def test_json_lines_tell_events_and_progress(capsys):
@@ -48,12 +52,8 @@ def test_json_lines_tell_events_and_progress(capsys):
     assert {line["job"] for line in lines} == {"fetal"}
     assert lines[0]["event"] == "Evaluated"
     progress = lines[-1]
-    assert (progress["event"], progress["step"], progress["evaluated"], progress["eta"]) == (
-        "Progress",
-        "20/100",
-        2,
-        "40s",
-    )
+    wanted = {"event": "Progress", "step": 20, "steps": 100, "evaluated": 2, "secondsLeft": 40, "bestScore": 0.5}
+    assert {name: progress[name] for name in wanted} == wanted
 
 
 def test_a_terminal_shows_phase_progress_scores_and_events():
@@ -63,5 +63,35 @@ def test_a_terminal_shows_phase_progress_scores_and_events():
     with display:
         display.show(world.last, world.now)
     text = screen.getvalue()
-    for part in ("fetal  Running", "step 20/100", "loss 9.5", "0.5000", "NewBest"):
+    for part in ("fetal  Running", "step 20 of 100", "loss 9.5", "40 s left", "0.5000", "NewBest"):
         assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (61, "1 min"), (3599, "1 h 0 min"), (4800, "1 h 20 min"), (180_000, "2 d 2 h")],
+)
+def test_times_are_told_as_a_person_would(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_narrow_terminal_shows_the_first_the_best_and_the_newest_checkpoints():
+    world = World(file=job(evaluation=job().job.spec.evaluation.model_copy(update={"parallel": 9})))
+    world.turn()
+    world.report(60, 0, 10, 20, 30, 40, 50)
+    world.turn()
+    waiting = {c.evaluations[0].id: c.ref.step for c in world.status.checkpoints}
+    for name in world.running("eval-"):
+        world.end(name, 0, said_scores(0.9 if waiting[name.split("-")[1]] == 20 else 0.1))
+    world.turn()
+    assert [c.ref.step for c in shown_checkpoints(world.status, 4)] == [0, 20, 40, 50]
+    assert [c.ref.step for c in shown_checkpoints(world.status, 0)] == [0]
+
+
+def test_floors_are_rows_below_the_checkpoints():
+    world = evaluated()
+    floor = EvaluationStatus(
+        name="planes", id="f", phase="Succeeded", scores={"hog:planes-knn/f1_macro": Score(value=0.3)}
+    )
+    status = world.status.model_copy(update={"floors": (floor,)})
+    assert scores_table(status, None).splitlines()[-1].split() == ["–", "–", "0.3000", "hog"]

@@ -1,0 +1,349 @@
+"""Single incidents that once lost work, did it twice, or told something that was not true."""
+
+from __future__ import annotations
+
+import pytest
+from builders import JOB, World, checkpoint, job, said_scores
+
+from sonoforge_operator.api import parse_job_file
+from sonoforge_trainer.contract import Activity, CheckpointConfig, Progress, Termination
+
+HOURS = 3600.0
+
+
+def running_world(**spec: object) -> World:
+    """A world whose job trains at step 10 with checkpoint 10."""
+    world = World(file=job(**spec))
+    world.turn()
+    world.report(10, 10)
+    world.turn()
+    assert world.status.phase == "Running"
+    return world
+
+
+def ended(world: World, turns: int = 8) -> World:
+    for _ in range(turns):
+        world.turn()
+        for kind in ("eval-", "floor-", "retention-"):
+            if world.running(kind):
+                said = Termination(cause="done", result={"raw-pixels:planes-knn/f1_macro": {"value": 0.2}})
+                world.end(kind, 0, said if kind == "floor-" else said_scores(0.5))
+    return world
+
+
+def test_a_new_coordinator_that_knows_nothing_yet_is_no_stall_however_long_the_run_has_lasted():
+    world = running_world()
+    world.now += 2 * HOURS
+    world.report(20, 10)
+    world.turn()
+    world.end("coordinator-", -9)
+    world.progress = None
+    world.turn()
+    world.progress = Progress()
+    for _ in range(20):
+        world.turn()
+        assert world.status.attempt == 1
+        assert world.status.phase == "Running"
+    world.turn(15)
+    assert world.status.condition("Training").status == "Unknown"
+    assert world.status.restarts == {"coordinator": 1}
+
+
+def test_a_group_that_never_steps_under_a_new_coordinator_is_started_over_after_the_deadline():
+    world = running_world()
+    world.end("coordinator-", -9)
+    world.progress = Progress()
+    world.turn()
+    world.turn(1.0)
+    assert world.status.attempt == 1
+    world.turn(70.0)  # it stepped before, so a stall is judged by its steps
+    assert world.status.attempt == 2
+
+
+def test_a_job_that_was_stopped_overnight_is_not_stalled_when_it_is_started_again():
+    world = running_world()
+    world.children.clear()
+    world.progress = None
+    world.turn(10 * HOURS)
+    world.progress = Progress()
+    for _ in range(30):
+        world.turn(30.0)
+        assert world.status.attempt == 1
+    assert world.status.condition("Stalled").status == "False"
+    assert world.status.condition("Training").status == "False"
+
+
+def test_one_answer_of_the_coordinator_that_is_late_is_no_news_about_the_run():
+    world = running_world()
+    world.now += 2 * HOURS
+    world.report(20, 10)
+    world.turn()
+    world.progress = None
+    world.turn()
+    assert (world.status.phase, world.status.condition("Stalled").status) == ("Running", "False")
+
+
+def test_a_long_upload_of_the_last_checkpoint_is_no_stall():
+    world = running_world()
+    world.report(99, 10, activity=Activity.CHECKPOINTING)
+    world.turn(1800)
+    assert world.status.attempt == 1
+
+
+def test_suspending_does_not_count_the_coordinator_as_lost():
+    world = running_world()
+    world.file = job(suspend=True)
+    for _ in range(3):
+        world.turn()
+    if world.running("coordinator-"):
+        world.end("coordinator-", 0)
+    world.turn()
+    world.file = job()
+    world.turn()
+    assert world.status.restarts == {}
+    assert world.running("coordinator-") == ["coordinator-000"]
+
+
+def test_a_checkpoint_that_nobody_lived_to_report_is_found_and_evaluated_before_the_job_ends():
+    world = World()
+    world.turn()
+    world.report(100, 0, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    world.unreported = (60,)
+    ended(world)
+    assert world.status.phase == "Succeeded"
+    assert [c.ref.step for c in world.status.checkpoints] == [0, 60, 100]
+    assert all(c.evaluations[0].phase == "Succeeded" for c in world.status.checkpoints)
+
+
+def test_how_processes_end_after_the_last_checkpoint_changes_nothing():
+    world = running_world()
+    world.report(100, 10, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-001-0000", 1, Termination(cause="application", message="at exit"))
+    world.end("worker-001-0001", None)
+    ended(world)
+    assert (world.status.phase, world.status.attempt, world.status.restarts) == ("Succeeded", 1, {})
+
+
+def test_workers_that_do_not_leave_after_the_last_checkpoint_are_stopped():
+    world = running_world()
+    world.report(100, 10, 100, activity=Activity.FINISHED)
+    world.turn(10)
+    assert world.status.outcome is None
+    world.turn(60)
+    assert world.status.outcome.reason == "BudgetSpent"
+
+
+def test_kills_do_not_use_up_the_retries_of_an_evaluation():
+    world = running_world()
+    for _ in range(3):
+        world.end("eval-", None)
+        world.turn()
+    world.end("eval-", 65, Termination(cause="data", message="x"))
+    world.turn()
+    assert world.status.checkpoints[0].evaluations[0].phase == "Running"
+    assert world.started.count(world.running("eval-")[0]) == 1
+
+
+def test_an_evaluation_that_is_killed_every_time_is_given_up_in_the_end():
+    world = running_world()
+    for _ in range(21):
+        world.end("eval-", -9)
+        world.turn()
+    evaluation = world.status.checkpoints[0].evaluations[0]
+    assert (evaluation.phase, evaluation.reason) == (
+        "Failed",
+        "killed 21 times without an answer; is there enough memory?",
+    )
+
+
+@pytest.mark.parametrize("result", [{"knn/f1_macro": {"value": None}}, {"knn/f1_macro": 0.5}, {"knn/f1_macro": {}}])
+def test_scores_that_cannot_be_read_fail_the_evaluation_and_not_the_runner(result):
+    world = running_world()
+    for _ in range(2):
+        world.end("eval-", 0, Termination(cause="done", result=result))
+        world.turn()
+    evaluation = world.status.checkpoints[0].evaluations[0]
+    assert (evaluation.phase, evaluation.reason) == ("Failed", "its scores cannot be read")
+
+
+def test_a_score_to_be_best_by_that_no_evaluation_gives_is_told():
+    world = running_world()
+    world.end("eval-", 0, Termination(cause="done", result={"knn/accuracy": {"value": 0.5}}))
+    world.turn()
+    assert "BestByUnknown" in world.events
+
+
+def retained() -> World:
+    config = CheckpointConfig(uri="s3://b/run", every_samples=320, keep_last=1, keep_best=0)
+    world = World(file=job(checkpoints=config))
+    world.turn()
+    world.report(20, 10, 20)
+    for _ in range(3):
+        world.turn()
+        if world.running("eval-"):
+            world.end("eval-", 0, said_scores(0.5))
+    world.turn()
+    assert len(world.running("retention-")) == 1
+    return world
+
+
+def test_retention_whose_end_nobody_saw_is_done_again():
+    world = retained()
+    world.end("retention-", None)
+    world.turn()
+    assert len(world.running("retention-")) == 1
+    world.end("retention-", 0)
+    world.turn()
+    assert [c.ref.step for c in world.status.checkpoints if c.pruned] == [10]
+
+
+def test_retention_that_fails_is_given_up_and_does_not_hold_up_the_end():
+    world = retained()
+    for _ in range(3):
+        world.end("retention-", 69)
+        world.turn()
+    assert world.running("retention-") == []
+    assert "RetentionFailed" in world.events
+    world.report(100, 10, 20, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    assert ended(world).status.phase == "Succeeded"
+
+
+def test_retention_that_runs_is_not_started_over_when_there_is_more_to_delete():
+    world = retained()
+    before = world.running("retention-")
+    world.report(30, 10, 20, 30)
+    for _ in range(3):
+        world.turn()
+        if world.running("eval-"):
+            world.end("eval-", 0, said_scores(0.5))
+    world.turn()
+    assert world.running("retention-") == before
+    world.end("retention-", 0)
+    world.turn()
+    world.turn()
+    assert [c.prune for c in world.last.children if c.kind == "retention"] == [(checkpoint(20).id,)]
+
+
+def test_a_damaged_checkpoint_takes_the_place_of_no_sound_one():
+    world = retained()
+    world.end("retention-", 0)
+    world.turn()
+    world.report(30, 20, quarantined=(checkpoint(30).uri,))
+    world.turn()
+    world.report(30, 20, 30, quarantined=(checkpoint(30).uri,))
+    for _ in range(3):
+        world.turn()
+        if world.running("eval-"):
+            world.end("eval-", 0, said_scores(0.5))
+    world.turn()
+    assert world.running("retention-") == []
+    assert world.status.durable_step == 20
+    assert world.events.count("CheckpointQuarantined") == 1
+
+
+def test_an_edited_suite_replaces_what_waits_and_adds_what_is_new():
+    world = running_world()
+    text = JOB.replace(
+        "protocols: [knn]}", "protocols: [knn], seed: 7}\n    - {name: more, shards: s3://b/m.json, protocols: [knn]}"
+    )
+    world.file = parse_job_file(text, where="job.yaml")
+    before = world.running("eval-")
+    world.turn()
+    assert [e.name for e in world.status.checkpoints[0].evaluations] == ["planes", "more"]
+    assert len(world.running("eval-")) == 1
+    assert world.running("eval-") != before
+
+
+def test_an_edited_suite_does_not_wait_for_a_checkpoint_that_was_deleted():
+    world = retained()
+    world.end("retention-", 0)
+    world.turn()
+    world.file = parse_job_file(JOB.replace("protocols: [knn]}", "protocols: [knn], seed: 7}"), where="job.yaml")
+    world.turn()
+    first, second = (c.evaluations[0] for c in world.status.checkpoints)
+    assert (first.phase, second.phase) == ("Failed", "Running")
+    assert "deleted by retention" in first.reason
+
+
+def test_the_best_score_follows_when_another_score_decides():
+    world = running_world()
+    said = Termination(cause="done", result={"knn/f1_macro": {"value": 0.5}, "knn/accuracy": {"value": 0.7}})
+    world.end("eval-", 0, said)
+    world.turn()
+    assert world.status.best_score == 0.5
+    evaluation = world.file.job.spec.evaluation.model_copy(update={"best_by": "planes-knn/accuracy"})
+    world.file = job(evaluation=evaluation)
+    world.turn()
+    assert world.status.best_score == 0.7
+
+
+def test_floors_run_once_while_nothing_waits_and_the_job_waits_for_them():
+    world = World(file=parse_job_file(JOB.replace("floors: false", "floors: true"), where="job.yaml"))
+    world.turn()
+    assert world.running("floor-") == []
+    world.report(10, 10)
+    world.turn()
+    assert (len(world.running("eval-")), len(world.running("floor-"))) == (1, 0)
+    world.end("eval-", 0, said_scores(0.5))
+    world.turn()
+    assert len(world.running("floor-")) == 1
+    world.report(20, 10, 20)
+    world.turn()
+    assert world.running("eval-") == []
+    ended(world)
+    assert world.status.floors[0].scores["raw-pixels:planes-knn/f1_macro"].value == 0.2
+    assert len([n for n in world.started if n.startswith("floor-")]) == 1
+    assert world.status.checkpoints[1].evaluations[0].phase == "Succeeded"
+
+
+def test_floors_that_fail_are_told_and_the_job_succeeds():
+    world = World(file=parse_job_file(JOB.replace("floors: false", "floors: true"), where="job.yaml"))
+    world.turn()
+    world.report(100, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    for _ in range(12):
+        world.turn()
+        if world.running("eval-"):
+            world.end("eval-", 0, said_scores(0.5))
+        if world.running("floor-"):
+            world.end("floor-", 65, Termination(cause="data", message="no masks"))
+    assert world.status.phase == "Succeeded"
+    assert world.status.floors[0].reason == "data: no masks"
+
+
+def test_steps_done_again_are_counted_once_the_new_group_says_where_it_stands():
+    world = running_world()
+    world.report(37, 30)
+    world.turn()
+    world.report(0, attempt="b", activity=Activity.STARTING)
+    world.turn()
+    assert world.status.lost_steps == 0
+    world.report(31, 30, attempt="b", restored_step=30)
+    world.turn()
+    assert world.status.lost_steps == 7
+
+
+def test_nodes_that_die_again_and_again_without_a_step_are_started_later_and_later():
+    world = running_world()
+    waits = []
+    for _ in range(7):
+        world.end("worker-001-0000", -9)
+        turns = 0
+        world.turn()
+        while not world.running("worker-001-0000"):
+            world.turn()
+            turns += 1
+        waits.append(turns)
+    assert waits[:4] == [0, 0, 0, 0]
+    assert waits[4:] == [2, 4, 8]
+    world.report(12, 10)
+    world.turn()
+    world.end("worker-001-0000", -9)
+    world.turn()
+    assert len(world.running("worker-001-0000")) == 1
