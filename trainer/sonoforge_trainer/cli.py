@@ -6,7 +6,6 @@ what it can run and says which extra the rest needs.
 
 from __future__ import annotations
 
-import signal
 import sys
 from importlib.metadata import EntryPoint, entry_points
 
@@ -55,7 +54,6 @@ def _unavailable(name: str, extra: str, module: str) -> click.Command:
 
 def main() -> None:
     """Run the command line. User errors end with ExitCode.CONFIG and no traceback."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         _Commands()(standalone_mode=True)
     except ContractError as error:
