@@ -10,6 +10,7 @@ tolerance, and every checkpoint evaluated once. Prints the seconds from each kil
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import random
@@ -166,7 +167,7 @@ class LocalRun:
         try:
             with urllib.request.urlopen(request, timeout=2) as answer:
                 return Progress.from_json(answer.read())
-        except (urllib.error.URLError, OSError):
+        except (urllib.error.URLError, http.client.HTTPException, OSError):
             return None
 
     def pids(self, kind: str) -> list[int]:

@@ -153,7 +153,8 @@ def test_scores_are_drawn_against_samples_with_floors_as_lines(summary):
     ((title, svg),) = score_charts(summary)
     assert title == "planes: f1_macro"
     assert svg.count("<circle") == 3
-    assert "raw pixels" in svg
+    assert "knn on raw pixels" in svg
+    assert svg.count('class="line series-0 dashed"') == 1
     assert "knn: 0.75 at 320" in svg
 
 

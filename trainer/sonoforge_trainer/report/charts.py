@@ -22,8 +22,10 @@ class Series:
     """(x, y), x rising."""
     markers: bool = False
     """Show a dot with a tooltip at each point."""
-    reference: bool = False
-    """A dashed line: something to compare with."""
+    colour: int | None = None
+    """Number of the colour; by default each series of a chart has its own."""
+    dash: str = ""
+    """Class of a line to compare with: dashed, dotted or dash-dot; empty for a solid one."""
 
 
 def line_chart(title: str, series: Sequence[Series], *, x_label: str, log_y: bool = False) -> str:
@@ -68,11 +70,10 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, log_y: boo
         f"{escape(x_label)}</text>"
     )
     for number, one in enumerate(series):
-        colour = f"series-{number % _SERIES_COLOURS}"
+        colour = _colour(number, one)
         for run in _finite_runs(one.points, log_y=log_y):
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in run))
-            dashes = " reference" if one.reference else ""
-            parts.append(f'<polyline class="line {colour}{dashes}" points="{path}"/>')
+            parts.append(f'<polyline class="line {colour} {one.dash}" points="{path}"/>')
             if one.markers:
                 parts += [
                     f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
@@ -81,9 +82,7 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, log_y: boo
                 ]
     parts.append("</svg>")
     legend = "".join(
-        f'<li><span class="key series-{n % _SERIES_COLOURS}{" reference" if s.reference else ""}"></span>'
-        f"{escape(s.name)}</li>"
-        for n, s in enumerate(series)
+        f'<li><span class="key {_colour(n, s)} {s.dash}"></span>{escape(s.name)}</li>' for n, s in enumerate(series)
     )
     return f'{"".join(parts)}<ul class="legend">{legend}</ul>'
 
@@ -98,6 +97,10 @@ def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [n * step for n in range(first, last + 1)]
+
+
+def _colour(number: int, series: Series) -> str:
+    return f"series-{(number if series.colour is None else series.colour) % _SERIES_COLOURS}"
 
 
 def _finite_runs(points: Sequence[tuple[float, float]], *, log_y: bool) -> list[list[tuple[float, float]]]:

@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 METRICS = "metrics.jsonl"
 _MAX_POINTS = 600
+_DASHES = ("dashed", "dotted", "dash-dot")
 _LOSS_PARTS = ("loss", "loss_dino", "loss_ibot", "loss_koleo")
 _CURVES = (
     ("Learning rate", ("lr",), False),
@@ -143,18 +144,23 @@ def comparison(summary: RunSummary) -> list[Row]:
 
 
 def score_charts(summary: RunSummary) -> list[tuple[str, str]]:
-    """One chart for each evaluation and metric: the protocols' scores against samples seen, floors as lines."""
+    """One chart for each evaluation and metric: the protocols' scores against samples seen, their floors as lines.
+
+    A floor has the colour of its protocol.
+    """
     charts: dict[tuple[str, str], list[Series]] = {}
     last = max((c.ref.samples for c in summary.checkpoints), default=0)
+    floor_names = sorted({key.partition(":")[0] for key in summary.floors})
+    dashes = {floor: _DASHES[number % len(_DASHES)] for number, floor in enumerate(floor_names)}
     for name in score_names(summary):
         evaluation, protocol, metric = split_score(name)
         points = [(float(c.ref.samples), c.scores[name].value) for c in summary.checkpoints if name in c.scores]
         series = charts.setdefault((evaluation, metric), [])
-        series.append(Series(protocol, points, markers=True))
-        series += [
-            Series(floor, [(0.0, score.value), (float(last), score.value)], reference=True)
-            for floor, score in _floors_of(name, summary.floors)
-        ]
+        colour = sum(not one.dash for one in series)
+        series.append(Series(protocol, points, markers=True, colour=colour))
+        for floor, score in _floors_of(name, summary.floors):
+            line = [(0.0, score.value), (float(last), score.value)]
+            series.append(Series(f"{protocol} on {floor}", line, colour=colour, dash=dashes[floor]))
     found = []
     for (evaluation, metric), series in sorted(charts.items()):
         title = f"{evaluation}: {metric}"
@@ -187,8 +193,8 @@ def pictures(
 
 
 def _floors_of(name: str, floors: Mapping[str, Score]) -> list[tuple[str, Score]]:
-    """Floors of a score: `EVALUATION-PROTOCOL/METRIC` of a model without learning is `MODEL:NAME`."""
-    return [(key.split(":", 1)[0], score) for key, score in sorted(floors.items()) if key.split(":", 1)[1] == name]
+    """Floors of a score: what `EVALUATION-PROTOCOL/METRIC` is without learning is called `FLOOR:NAME`."""
+    return [(key.partition(":")[0], score) for key, score in sorted(floors.items()) if key.partition(":")[2] == name]
 
 
 def _chart(title: str, records: list[dict[str, Any]], names: Iterable[str], *, log_y: bool = False) -> str:
