@@ -46,18 +46,20 @@ class Processes:
             (folder / name).mkdir(exist_ok=True)
 
     def names(self) -> list[str]:
-        """Every child that exists or existed and was not removed."""
-        return sorted(p.stem for p in (self._folder / "children").glob("*.pid"))
+        """Every child that exists or existed and was not removed, also one that is just about to record itself."""
+        unrecorded = {name for name, process in self._started.items() if process.poll() is None}
+        return sorted(unrecorded | {p.stem for p in (self._folder / "children").glob("*.pid")})
 
     def fact(self, name: str) -> ChildFact:
         """What is known of a child."""
         running = self._running(name)
+        record = self._record(name)
         return ChildFact(
             name=name,
             running=running,
             exit_code=None if running else self._exit_code(name),
             termination=None if running else self._termination(name),
-            started=self._record(name).stat().st_mtime,
+            started=record.stat().st_mtime if record.exists() else time.time(),
         )
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -119,14 +121,11 @@ class Processes:
 
     def _adopted(self, name: str) -> psutil.Process | None:
         """A child of an earlier runner, if it lives and really is the one that was started under this name."""
-        text = self._record(name).read_text().strip()
-        if not text.isdigit():
-            return None
         try:
-            process = psutil.Process(int(text))
+            process = psutil.Process(int(self._record(name).read_text()))
             if process.status() == psutil.STATUS_ZOMBIE or process.environ().get(ENV_CHILD) != self._mark(name):
                 return None
-        except psutil.Error:
+        except (psutil.Error, FileNotFoundError, ValueError):
             return None
         return process
 

@@ -141,3 +141,13 @@ def test_a_changed_training_spec_is_refused_by_name(calm, folder):
         assert "spec.training: changed since this job was started, and it is immutable" in run.tail()
     finally:
         path.write_text(before)
+
+
+def test_a_runner_that_is_told_twice_stops_at_once(start):
+    run = start("hurried", steps=400)
+    run.wait(lambda: (p := run.progress()) is not None and p.step >= 2)
+    run.runner.send_signal(signal.SIGINT)
+    run.wait(lambda: "stopping: workers save" in run.tail())
+    run.runner.send_signal(signal.SIGINT)
+    assert run.runner.wait(15) == 130
+    assert list((run.state / "children").glob("*.pid")) == []
