@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sonoforge_trainer.contract import ShardManifest
+from sonoforge_trainer.contract import ContractError, ShardManifest
 from sonoforge_trainer.draws import permutation, raw
 from sonoforge_trainer.spread import Extent, fill_body, pick_ends
 
@@ -50,8 +50,8 @@ class Places(NamedTuple):
 class Order:
     """The sample order of a run. Cheap to make, picklable, safe to use from several threads; it caches segments.
 
-    An ordinal is the position of a sample in the manifest. Raises ValueError where the data set has fewer clips than a
-    micro-batch has samples.
+    An ordinal is the position of a sample in the manifest. Raises ContractError where the data set has fewer clips than
+    a micro-batch has samples.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Order:
             self._clips_n = np.arange(manifest.samples, dtype=np.int64)
         clips = len(np.unique(self._clips_n))
         if clips < micro_batch:
-            raise ValueError(
+            raise ContractError(
                 f"data set {manifest.name!r} has {clips} {'clips' if clip_aware else 'samples'}, but a micro-batch of "
                 f"{micro_batch} (recipe.globalBatch / recipe.virtualRanks) takes at most one frame of each. Use more "
                 f"virtual ranks, a smaller global batch{', data.clipAware: false' if clip_aware else ''} or more data"

@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from sonoforge_trainer.contract.config import ExecutionConfig
+from sonoforge_trainer.contract import ContractError, ExecutionConfig
 
 
 def assign_virtual_ranks(virtual_ranks: int, world_size: int, rank: int) -> range:
     """The virtual ranks that process `rank` of `world_size` hosts: contiguous, sizes differ by at most one.
 
-    Raises ValueError where there are more processes than virtual ranks.
+    Raises ContractError where there are more processes than virtual ranks.
     """
     if world_size > virtual_ranks:
-        raise ValueError(
+        raise ContractError(
             f"{world_size} processes for {virtual_ranks} virtual ranks: {world_size - virtual_ranks} would be idle. "
             f"Use at most {virtual_ranks} processes, or raise recipe.virtualRanks (it is part of the result, so "
             "only for a new run)"
@@ -39,13 +39,13 @@ def assign_virtual_ranks(virtual_ranks: int, world_size: int, rank: int) -> rang
 def choose_device(execution: ExecutionConfig, local_rank: int = 0) -> torch.device:
     """The device of a process: its own GPU where there is one (`auto`), or what the configuration says.
 
-    Raises ValueError where the configuration asks for CUDA and this process has no such GPU.
+    Raises ContractError where the configuration asks for CUDA and this process has no such GPU.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if execution.device == "cpu" or (execution.device == "auto" and not available):
         return torch.device("cpu")
     if local_rank >= available:
-        raise ValueError(
+        raise ContractError(
             f"execution.device is {execution.device} and this is local process {local_rank}, but {available} CUDA "
             f"devices are visible. Start at most {available} processes per node, or use execution.device: cpu"
         )
@@ -85,7 +85,7 @@ class Ranks:
     def from_env(cls, execution: ExecutionConfig, environ: Mapping[str, str] | None = None) -> Ranks:
         """Join the run that torchrun describes in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*).
 
-        Without these variables, or with one process, no group is made. Raises ValueError for a broken environment
+        Without these variables, or with one process, no group is made. Raises ContractError for a broken environment
         and torch.distributed.DistError where the others do not come in time.
         """
         environ = os.environ if environ is None else environ
@@ -95,11 +95,11 @@ class Ranks:
                 for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
             )
         except ValueError:
-            raise ValueError(
+            raise ContractError(
                 "RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers; start the trainer with torchrun"
             ) from None
         if not 0 <= rank < world_size:
-            raise ValueError(f"RANK {rank} is not below WORLD_SIZE {world_size}; start the trainer with torchrun")
+            raise ContractError(f"RANK {rank} is not below WORLD_SIZE {world_size}; start the trainer with torchrun")
         device = choose_device(execution, local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -121,7 +121,7 @@ class Ranks:
         return cls(rank, world_size, local_rank, device, group, control, PrefixStore("trainer", store))
 
     def virtual_ranks(self, count: int) -> range:
-        """The virtual ranks of this process, of `count`. Raises ValueError where there are more processes."""
+        """The virtual ranks of this process, of `count`. Raises ContractError where there are more processes."""
         return assign_virtual_ranks(count, self.world_size, self.rank)
 
     def agree(self, topic: str, text: str) -> str:

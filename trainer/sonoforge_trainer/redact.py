@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from sonoforge_trainer.contract import ENV_HASH_KEY_FILE
+from sonoforge_trainer.contract import ENV_HASH_KEY_FILE, ContractError
 
 _MIN_KEY_BYTES = 16
 _HEX_DIGITS = 12
@@ -26,7 +26,7 @@ class KeyHasher:
 
     def __post_init__(self) -> None:
         if len(self.key) < _MIN_KEY_BYTES:
-            raise ValueError(
+            raise ContractError(
                 f"the hash key has {len(self.key)} bytes; give at least {_MIN_KEY_BYTES}, "
                 f"for example the output of `openssl rand -hex 32`"
             )
@@ -35,7 +35,7 @@ class KeyHasher:
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
         """The key in the file that `SONOFORGE_HASH_KEY_FILE` names, without white space around it, or a drawn one.
 
-        With a drawn key, hashes of two processes cannot be compared. Raises ValueError where the file is missing,
+        With a drawn key, hashes of two processes cannot be compared. Raises ContractError where the file is missing,
         unreadable or too short.
         """
         path = environ.get(ENV_HASH_KEY_FILE)
@@ -44,14 +44,14 @@ class KeyHasher:
         try:
             key = Path(path).read_bytes().strip()
         except OSError as error:
-            raise ValueError(
+            raise ContractError(
                 f"{ENV_HASH_KEY_FILE}: the key file {path} cannot be read ({error.strerror}); mount it or unset "
                 f"{ENV_HASH_KEY_FILE}"
             ) from None
         try:
             return cls(key)
-        except ValueError as error:
-            raise ValueError(f"{ENV_HASH_KEY_FILE}: {error}") from None
+        except ContractError as error:
+            raise ContractError(f"{ENV_HASH_KEY_FILE}: {error}") from None
 
     def hash(self, text: str) -> str:
         """The first 12 hex digits of HMAC-SHA256 of the text."""

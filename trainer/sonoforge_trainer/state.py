@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sonoforge_trainer.contract.config import TrainConfig
+from sonoforge_trainer.contract import ContractError, TrainConfig
 from sonoforge_trainer.head import Head
 from sonoforge_trainer.model import Backbone, initialise
 from sonoforge_trainer.optim import AdamW, Layout, update_rule
@@ -86,7 +86,7 @@ class TrainState:
         return named
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the whole state. Raises ValueError, before anything changes, where names or shapes differ."""
+        """Replace the whole state. Raises ContractError, before anything changes, where names or shapes differ."""
         own = self.tensors()
         faults = {
             "missing": sorted(own.keys() - tensors.keys()),
@@ -103,7 +103,7 @@ class TrainState:
                 for fault, names in faults.items()
                 if names
             )
-            raise ValueError(
+            raise ContractError(
                 f"the tensors do not fit this training configuration: {found}. "
                 "Use the configuration that the checkpoint was written with, or start a new run"
             )

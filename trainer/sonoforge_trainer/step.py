@@ -25,7 +25,7 @@ from sonoforge_trainer.centering import (
     targets,
     update_center,
 )
-from sonoforge_trainer.contract.config import ExecutionConfig, TrainConfig
+from sonoforge_trainer.contract import ContractError, ExecutionConfig, TrainConfig
 from sonoforge_trainer.loss import dino_loss, ibot_loss, koleo_loss, teacher_entropy
 from sonoforge_trainer.micro_batch import MicroBatch
 from sonoforge_trainer.model import compile_blocks
@@ -151,7 +151,7 @@ class Step:
     ) -> None:
         """Bind the step to a state that it will change, and to the processes of the run.
 
-        Raises ValueError where there are more processes than virtual ranks, or where a micro-batch of one image
+        Raises ContractError where there are more processes than virtual ranks, or where a micro-batch of one image
         leaves KoLeo without a neighbour.
         """
         execution = execution or ExecutionConfig()
@@ -163,7 +163,7 @@ class Step:
         cuda = self.device.type == "cuda"
         self.bf16 = execution.precision == "bf16" or (execution.precision == "auto" and cuda)
         if self.recipe.micro_batch < 2 and self.recipe.loss.koleo:
-            raise ValueError(
+            raise ContractError(
                 f"recipe.loss.koleo is {self.recipe.loss.koleo} and a virtual rank has one image, which has no "
                 "neighbour; use fewer recipe.virtualRanks (2 images each at least), or koleo: 0"
             )

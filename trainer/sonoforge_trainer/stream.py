@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sonoforge_trainer.cache import DataError, ShardCache, private_folder
-from sonoforge_trainer.contract import ExecutionConfig, ShardManifest, TrainConfig
+from sonoforge_trainer.contract import ContractError, ExecutionConfig, ShardManifest, TrainConfig
 from sonoforge_trainer.micro_batch import MicroBatch, MicroBatchMaker
 from sonoforge_trainer.redact import KeyHasher
 from sonoforge_trainer.storage import Storage, StorageError
@@ -39,7 +39,7 @@ _Item = tuple[int, int]
 class Stream:
     """Micro-batches from shards. Close it, or use it as a context manager, to stop what works ahead.
 
-    `base_uri` is the folder of the shards. Raises ValueError where the data set and the configuration do not fit.
+    `base_uri` is the folder of the shards. Raises ContractError where the data set and the configuration do not fit.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Stream:
     ) -> None:
         wanted = training.data.dataset_digest
         if wanted and wanted != manifest.dataset_digest:
-            raise ValueError(
+            raise ContractError(
                 f"data.datasetDigest asks for {wanted}, but {base_uri} holds {manifest.dataset_digest}. "
                 f"Give the URI of the right data set, or leave datasetDigest out"
             )
         largest = max(shard.bytes for shard in manifest.shards)
         if largest > execution.cache_bytes:
-            raise ValueError(
+            raise ContractError(
                 f"execution.cacheBytes is {execution.cache_bytes}, but the largest shard has {largest} bytes. "
                 f"Allow for at least the shards of a block (data.blockShards) for each virtual rank of a process"
             )
