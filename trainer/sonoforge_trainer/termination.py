@@ -58,8 +58,8 @@ _PR_SET_PDEATHSIG = 1
 def classify(exception: BaseException, *, rank: int | None = None, step: int | None = None) -> Termination:
     """The termination of a process that an exception ended.
 
-    An exception class of this package may name its cause in a class attribute `termination_cause`; a ValueError of
-    ours is a configuration error otherwise.
+    An exception class of this package may name its cause in a class attribute `termination_cause`, and say that the
+    end is `termination_final`; a ValueError of ours is a configuration error otherwise.
     """
     return Termination(
         cause=_cause(exception),
@@ -67,6 +67,7 @@ def classify(exception: BaseException, *, rank: int | None = None, step: int | N
         exception=type(exception).__name__,
         rank=rank,
         step=step,
+        final=_is_ours(type(exception)) and getattr(exception, "termination_final", False),
     )
 
 
@@ -114,8 +115,11 @@ def first(records: list[tuple[float, Termination]]) -> Termination:
 
 
 def restartable(termination: Termination) -> bool:
-    """Whether starting the workers again in the same agents is the answer: a peer was lost, or they were told to go."""
-    return termination.cause in ("collective", "terminated")
+    """Whether starting the workers again in the same agents is the answer.
+
+    It is where a peer was lost, or told to go and the others with it; not where the run was asked to stop.
+    """
+    return termination.cause in ("collective", "terminated") and not termination.final
 
 
 def write(termination: Termination) -> None:

@@ -46,6 +46,10 @@ class UnknownCheckpointError(CheckpointError, ValueError):
 class CheckpointFailedError(CheckpointError):
     """A checkpoint could not be written. The ones before it are untouched, and training can go on."""
 
+    termination_cause: ClassVar[Cause] = "storage"
+
 
 class CheckpointTimeoutError(CheckpointError):
     """A checkpoint was still uploading when the time to wait for it was over."""
+
+    termination_cause: ClassVar[Cause] = "storage"

@@ -6,7 +6,7 @@ and a read that fails on one rank only would send the ranks to different checkpo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,15 @@ from sonoforge_trainer.checkpoint.errors import CheckpointError
 from sonoforge_trainer.checkpoint.peers import Peers
 from sonoforge_trainer.checkpoint.store import CheckpointStore, LoadedCheckpoint, merge
 from sonoforge_trainer.contract import CheckpointManifest, CheckpointRef
+from sonoforge_trainer.contract.exits import Cause
 
 _CHUNK_BYTES = 256 * 2**20
 
 
 class RestoreError(CheckpointError):
-    """Rank 0 could not restore, and says why in its own error; the other ranks end with this one."""
+    """Rank 0 could not restore, and says why in its own error; the other ranks end with this one, a consequence."""
+
+    termination_cause: ClassVar[Cause] = "collective"
 
 
 def restore(

@@ -45,6 +45,8 @@ class Termination(Part):
     """Global rank that failed first."""
     step: int | None = None
     """Step it was in."""
+    final: bool = False
+    """The run was asked to stop: starting the process again in its place would undo that."""
     result: dict[str, object] | None = None
     """An evaluation's scores, for a process that ended well."""
 
