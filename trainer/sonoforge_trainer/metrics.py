@@ -105,12 +105,13 @@ class CommittedLog:
 class TensorBoard:
     """TensorBoard event files in a folder; does nothing without one."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, first_step: int = 0) -> None:
+        """Write records from `first_step` on; what an earlier process group wrote of these steps is taken back."""
         self._writer: Any = None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder))
+            self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def add(self, step: int, record: Mapping[str, Any]) -> None:
         """Write the numbers of a record."""

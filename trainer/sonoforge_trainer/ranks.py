@@ -142,6 +142,11 @@ class Ranks:
         """Largest value over all processes of each element of a float32 tensor, in place; returns it."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def meet(self) -> None:
+        """Wait until all processes are here."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
     def close(self) -> None:
         """Leave the process groups."""
         if self.group is not None:

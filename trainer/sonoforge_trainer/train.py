@@ -9,29 +9,26 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import structlog
-import torch
 
-from sonoforge_trainer import termination
+from sonoforge_trainer import logs, termination
 from sonoforge_trainer.card import model_card
 from sonoforge_trainer.checkpoint import (
     CheckpointStore,
     CheckpointWriter,
-    LoadedCheckpoint,
     Peers,
     RunIdentity,
-    SaveResult,
     Snapshot,
     fresh_attempt,
     restore,
 )
+from sonoforge_trainer.checkpointing import Checkpointing
 from sonoforge_trainer.contract import (
     ENV_CONFIG,
     ENV_STORE,
@@ -39,31 +36,22 @@ from sonoforge_trainer.contract import (
     CheckpointRef,
     ContractError,
     ExitCode,
-    Progress,
     RunConfig,
     ShardManifest,
     load_yaml,
 )
 from sonoforge_trainer.coordinator_client import ProgressPublisher
-from sonoforge_trainer.flops import training_flops
-from sonoforge_trainer.metrics import CommittedLog, Gpu, Means, StepClock, TensorBoard, peak_flops
+from sonoforge_trainer.divergence import Divergence
+from sonoforge_trainer.journal import Journal
 from sonoforge_trainer.ranks import Ranks
 from sonoforge_trainer.redact import KeyHasher
 from sonoforge_trainer.state import TrainState
 from sonoforge_trainer.step import Step, StepOutput, StepReport
 from sonoforge_trainer.storage import Storage
-from sonoforge_trainer.stream import MicroBatch, Stream
-
-_NOT_FINITE_STEPS = 50
-_COMMIT_SECONDS = 3600.0
-_FAILED_SAVES = 3
-METRICS, SAMPLES = "metrics.jsonl", "samples"
+from sonoforge_trainer.stream import Stream
+from sonoforge_trainer.wishes import StopRequestedError, Wishes
 
 log = structlog.get_logger(__name__)
-
-
-class DivergedError(FloatingPointError):
-    """No finite gradient for many steps in a row."""
 
 
 @dataclass
@@ -80,8 +68,11 @@ class Told:
 def main() -> int:
     """Run one worker process, configured by the environment. Returns an ExitCode.
 
-    `worker.py` has set up its logs and tied its life to the agent's.
+    Under an agent, `worker.py` has set up its logs and tied its life to the agent's; it runs as well without one.
     """
+    if not structlog.is_configured():
+        logs.configure(rank=os.environ.get("RANK", "0"))
+        logs.adopt_torch()
     told = Told()
     signal.signal(signal.SIGTERM, told.on_signal)
     signal.signal(signal.SIGINT, told.on_signal)
@@ -90,332 +81,29 @@ def main() -> int:
     try:
         config = read_config(os.environ)
         ranks = Ranks.from_env(config.execution)
-        with Run(config, ranks, told) as run:
+        with ExitStack() as exits:
+            exits.callback(ranks.close)
+            run = Run(config, ranks, told, exits)
             return run.train()
-    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001 - the last frame: every ending gets its class
-        rank, step = (ranks.rank if ranks else None), (run.step if run else None)
-        ending = termination.classify(error, rank=rank, step=step)
-        log.error("worker-failed", **ending.model_dump(exclude={"result"}, exclude_none=True))  # noqa: TRY400 - a stack may hold paths
-        return termination.report(error, rank=rank, step=step)
-    finally:
-        if ranks is not None:
-            ranks.close()
+    except Exception as error:  # noqa: BLE001 - the last frame: every ending gets its class
+        where = {"rank": ranks.rank if ranks else None, "step": run.step if run else None}
+        if not isinstance(error, StopRequestedError):
+            ending = termination.classify(error, **where)
+            log.error("worker-failed", **ending.model_dump(exclude={"result"}, exclude_none=True))  # noqa: TRY400 - a stack may hold paths
+        return termination.report(error, **where)
 
 
-def read_config(environ: os._Environ[str]) -> RunConfig:
+def read_config(environ: Mapping[str, str]) -> RunConfig:
     """The RunConfig named by the environment. Raises ContractError."""
     path = environ.get(ENV_CONFIG)
     if not path:
         raise ContractError(f"{ENV_CONFIG}: not set; give it the path of the run's configuration file")
     try:
         text = Path(path).read_text()
-    except OSError as error:
-        raise ContractError(f"{ENV_CONFIG}: the file cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ContractError(f"{ENV_CONFIG}: the file cannot be read ({reason})") from None
     return RunConfig.parse(load_yaml(text, where="configuration"), where="configuration")
-
-
-@dataclass
-class _Account:
-    """What rank 0 knows of the run beside its state, for progress."""
-
-    checkpoints: list[CheckpointRef] = field(default_factory=list)
-    quarantined: tuple[str, ...] = ()
-    restored_step: int | None = None
-    losses: dict[str, float] = field(default_factory=dict)
-    finite: bool = True
-    skipped_steps: int = 0
-    corrupt_samples: int = 0
-    stall_seconds: float = 0.0
-    step_time: float = 0.0
-
-
-class Run:
-    """One process of one process group, from joining to leaving."""
-
-    def __init__(self, config: RunConfig, ranks: Ranks, told: Told) -> None:
-        """Load the data set's manifest and the newest checkpoint. All processes call it together."""
-        self.config, self.training, self.ranks, self.told = config, config.training, ranks, told
-        self._exits = ExitStack()
-        self.storage = Storage.from_env()
-        self.manifest = read_manifest(config, self.storage)
-        self.attempt = ranks.agree("attempt", fresh_attempt())
-        self.step = 0
-        self._account = _Account()
-        self._clock, self._means = StepClock(), Means()
-        self._metrics, self._samples = CommittedLog(), CommittedLog()
-        self._gpu, self._peak = Gpu(ranks.device), peak_flops(ranks.device)
-        self._publisher = self._make_publisher()
-        self._publish(Activity.STARTING)
-        self.state = TrainState(self.training, ranks.device)
-        identity = RunIdentity.of(config, self.manifest.dataset_digest)
-        peers = Peers(ranks.rank, ranks.world_size, ranks.store, ranks.control)
-        checkpoints = CheckpointStore(self.storage, config.checkpoints.uri, identity)
-        restored = self._restore(checkpoints, peers)
-        self.writer = CheckpointWriter(
-            self.storage,
-            config.checkpoints.uri,
-            identity,
-            self.attempt,
-            peers,
-            previous=restored.ref.manifest_digest if restored else None,
-            device=ranks.device,
-        )
-        self._exits.callback(self.writer.close)
-        self._stream = self._open_stream()
-        self._saved_time, self._saved_step = time.monotonic(), -1
-        self._failed_saves = 0
-        self._unfinite_steps = 0
-        self._pending: StepOutput | None = None
-        self._recorded = -1
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._exits.close()
-
-    def train(self) -> ExitCode:
-        """Train to the end of the budget, or until any process is told to stop. Returns OK or TERMINATED."""
-        steps = self.training.recipe.steps
-        if self.step == 0 and not self._account.checkpoints:
-            self._save()  # the random initialisation: what every later checkpoint is compared with
-        step = Step(self.training, self.state, self.ranks, self.config.execution)
-        batches = self._stream.batches(self.step, self.ranks.virtual_ranks(self.training.recipe.virtual_ranks))
-        while self.step < steps:
-            self._clock.begin()
-            batch = next(batches)
-            self._clock.ready()
-            output = step(
-                batch,
-                self.step,
-                stop=self.told.stop,
-                checkpoint=self._wants_checkpoint(),
-                busy=self.writer.busy(),
-            )
-            self.step += 1
-            self._keep_samples(batch)
-            agreed = self._pending.read() if self._pending else None
-            self._pending = output
-            self._clock.end()
-            if agreed:
-                self._record(agreed)
-                if agreed.stop:
-                    return self._leave()
-            self._follow_schedule(agreed)
-            self._publish(Activity.TRAINING)
-        self._save_and_wait()
-        self._publish(Activity.FINISHED)
-        log.info("finished", step=self.step)
-        return ExitCode.OK
-
-    def _leave(self) -> ExitCode:
-        """Save where everybody stands, then go."""
-        self._save_and_wait()
-        self._publish(Activity.STOPPED)
-        log.info("stopped", step=self.step)
-        return ExitCode.TERMINATED
-
-    # --- checkpoints --------------------------------------------------------------------------------------------------
-
-    def _restore(self, checkpoints: CheckpointStore, peers: Peers) -> LoadedCheckpoint | None:
-        loaded = restore(checkpoints, peers, self.attempt)
-        if loaded:
-            self.state.load_tensors(loaded.tensors)
-            self.step = loaded.ref.step
-            self._account.restored_step = loaded.ref.step
-            log.info("restored", id=loaded.ref.id, step=self.step, world_size=self.ranks.world_size)
-        if self.ranks.rank == 0:
-            self._account.checkpoints = checkpoints.committed()
-            self._account.quarantined = tuple(checkpoints.quarantined())
-        elif loaded:
-            self._account.checkpoints = [loaded.ref]
-        return loaded
-
-    def _wants_checkpoint(self) -> bool:
-        """Whether this process asks for one: rank 0's clock, or the operator."""
-        if self.ranks.rank != 0:
-            return False
-        asked = False
-        for request in self._publisher.requests() if self._publisher else ():
-            if request.kind == "stop":
-                self.told.stop = True
-            asked = asked or request.kind == "checkpoint"
-            if self._publisher and request.kind != "lost":
-                self._publisher.acknowledge(request)
-        seconds = self.config.checkpoints.interval_seconds
-        return asked or (seconds is not None and time.monotonic() - self._saved_time >= seconds)
-
-    def _follow_schedule(self, agreed: StepReport | None) -> None:
-        """Save where the samples say so, or where the processes agreed to; leave it out while one still uploads."""
-        self._collect(self.writer.poll())
-        every, batch = self.config.checkpoints.every_samples, self.training.recipe.global_batch
-        due = every is not None and self.step * batch // every > (self.step - 1) * batch // every
-        if not (due or (agreed and agreed.checkpoint)) or self.step == self.training.recipe.steps:
-            return
-        if agreed is None or agreed.step < self._saved_step:
-            self._save_and_wait()  # nobody has heard yet whether the others still upload the newest one
-        elif agreed.busy:
-            self.writer.skip(self.step)
-        else:
-            self._save()
-
-    def _save(self) -> None:
-        if self._pending:
-            self._record(self._pending.read())  # the log of a checkpoint ends with its own step
-        self._publish(Activity.CHECKPOINTING)
-        self._saved_time, self._saved_step = time.monotonic(), self.step
-        samples = self.step * self.training.recipe.global_batch
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        files: dict[str, bytes] = {}
-        if rank == 0:
-            files[METRICS] = self._metrics.text(self.step)
-        if self.config.execution.record_samples:
-            files[f"{SAMPLES}-{rank:05d}-of-{world_size:05d}.jsonl"] = self._samples.text(self.step)
-        self.writer.save(
-            Snapshot(
-                step=self.step,
-                samples=samples,
-                tensors=self.state.tensors(),
-                teacher=self.state.teacher.backbone.state_dict(),
-                card=model_card(self.training, self.manifest, samples),
-                files=files,
-            )
-        )
-
-    def _save_and_wait(self) -> None:
-        self._collect(self.writer.wait(_COMMIT_SECONDS))
-        if any(c.step == self.step for c in self._account.checkpoints):
-            return
-        self._save()
-        result = self.writer.wait(_COMMIT_SECONDS)
-        self._collect(result)
-        if result and result.error:
-            raise result.error
-
-    def _collect(self, result: SaveResult | None) -> None:
-        if result is None:
-            return
-        if result.ref is None:
-            self._failed_saves += 1
-            if self._failed_saves >= _FAILED_SAVES and result.error:
-                raise result.error
-            return
-        self._failed_saves = 0
-        self._account.checkpoints = [*self._account.checkpoints, result.ref]
-        self._account.stall_seconds = result.stall_seconds
-        self._metrics.forget(result.ref.step)
-        self._samples.forget(result.ref.step)
-        log.info("checkpoint", id=result.ref.id, stall=result.stall_seconds, upload=result.upload_seconds)
-
-    # --- data ---------------------------------------------------------------------------------------------------------
-
-    def _open_stream(self) -> Stream:
-        base_uri = self.training.data.shards.rpartition("/")[0]
-        hasher = KeyHasher.from_env()
-        return self._exits.enter_context(
-            Stream(self.manifest, base_uri, self.training, self.config.execution, self.storage, hasher)
-        )
-
-    def _keep_samples(self, batch: list[MicroBatch]) -> None:
-        if self.config.execution.record_samples:
-            for record in self._stream.sample_log_lines(batch):
-                self._samples.add(self.step, record)
-
-    # --- telling ------------------------------------------------------------------------------------------------------
-
-    def _record(self, report: StepReport) -> None:
-        """Take over the values of an ended step, once, and write a record when an interval is over."""
-        if report.step <= self._recorded:
-            return
-        self._recorded = report.step
-        account = self._account
-        account.losses, account.finite = report.losses, report.finite
-        account.skipped_steps = report.skipped
-        account.corrupt_samples += report.corrupt
-        account.step_time = time.time()
-        self._unfinite_steps = 0 if report.finite else self._unfinite_steps + 1
-        if self._unfinite_steps >= _NOT_FINITE_STEPS:
-            raise DivergedError(f"no finite gradient in {_NOT_FINITE_STEPS} steps in a row, the last is {report.step}")
-        if self.ranks.rank != 0:
-            return
-        values = {("loss" if name == "total" else f"loss_{name}"): v for name, v in report.losses.items()}
-        values["teacher_entropy"] = values.pop("loss_teacher_entropy")
-        values |= {f"grad_norm_{name}": value for name, value in report.gradient_norms.items()}
-        self._means.add(values)
-        done = report.step + 1
-        if done % self.config.execution.log_every_steps and done != self.training.recipe.steps:
-            return
-        record = {"step": done, "samples": done * self.training.recipe.global_batch} | self._means.take()
-        record |= self._measures(report)
-        self._metrics.add(done, record)
-        self._board.add(done, record)
-        log.info("metrics", **record)
-
-    def _measures(self, report: StepReport) -> dict[str, Any]:
-        rate = self._clock.samples_per_second(self.training.recipe.global_batch)
-        schedule = report.schedule
-        found: dict[str, Any] = {
-            "lr": schedule.lr,
-            "weight_decay": schedule.weight_decay,
-            "teacher_momentum": schedule.teacher_momentum,
-            "teacher_temperature": schedule.teacher_temperature,
-            "samples_per_second": rate,
-            "data_wait": self._clock.data_wait,
-            "world_size": self.ranks.world_size,
-            "skipped_steps": report.skipped,
-            **self._gpu.read(),
-        }
-        if self._peak:
-            found["mfu"] = rate * training_flops(self.training) / (self._peak * self.ranks.world_size)
-            found["memory_bytes"] = torch.cuda.max_memory_allocated(self.ranks.device)
-        return found
-
-    def _make_publisher(self) -> ProgressPublisher | None:
-        endpoint = os.environ.get(ENV_STORE)
-        folder = self.config.execution.tensorboard_dir
-        self._board = TensorBoard(Path(folder) if folder and self.ranks.rank == 0 else None)
-        self._exits.callback(self._board.close)
-        if self.ranks.rank != 0 or not endpoint:
-            return None
-        return self._exits.enter_context(ProgressPublisher(endpoint))
-
-    def _publish(self, activity: Activity) -> None:
-        if self._publisher is None:
-            return
-        account, recipe = self._account, self.training.recipe
-        losses = {name: value for name, value in account.losses.items() if value == value}
-        entropy = losses.pop("teacher_entropy", None)
-        self._publisher.publish(
-            Progress(
-                attempt=self.attempt,
-                activity=activity,
-                updated=time.time(),
-                step=self.step,
-                steps=recipe.steps,
-                step_time=account.step_time,
-                samples=self.step * recipe.global_batch,
-                budget_samples=recipe.budget_samples,
-                world_size=self.ranks.world_size,
-                nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
-                virtual_ranks=recipe.virtual_ranks,
-                samples_per_second=self._clock.samples_per_second(recipe.global_batch),
-                data_wait=self._clock.data_wait,
-                loss=losses.pop("total", None),
-                losses=losses,
-                loss_finite=account.finite,
-                skipped_steps=account.skipped_steps,
-                teacher_entropy=entropy,
-                corrupt_samples=account.corrupt_samples,
-                median_step_seconds=self._clock.median_seconds,
-                restored_step=account.restored_step,
-                data_digest=self.manifest.dataset_digest,
-                config_digest=self.training.digest(),
-                checkpoints=tuple(account.checkpoints),
-                checkpoint_stall_seconds=account.stall_seconds,
-                checkpoints_skipped=self.writer.skipped if hasattr(self, "writer") else 0,
-                quarantined=account.quarantined,
-            )
-        )
 
 
 def read_manifest(config: RunConfig, storage: Storage) -> ShardManifest:
@@ -428,6 +116,163 @@ def read_manifest(config: RunConfig, storage: Storage) -> ShardManifest:
             f"of {data.shards}; if that is not what you expect, the images were changed"
         )
     return manifest
+
+
+class Run:
+    """One process of one process group, from joining to leaving."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, told: Told, exits: ExitStack) -> None:
+        """Load the data set's manifest and the newest checkpoint. All processes call it together.
+
+        `exits` closes what this opens. Raises ContractError, StorageError, CheckpointError.
+        """
+        self.training, self.ranks, self.told = config.training, ranks, told
+        self.step = 0
+        """Optimiser steps done."""
+        self._execution = config.execution
+        self._pending: StepOutput | None = None
+        self._settled: StepReport | None = None
+        self._divergence = Divergence()
+        storage = Storage.from_env()
+        self._manifest = read_manifest(config, storage)
+        attempt = ranks.agree("attempt", fresh_attempt())
+        endpoint = os.environ.get(ENV_STORE) if ranks.rank == 0 else None
+        publisher = exits.enter_context(ProgressPublisher(endpoint)) if endpoint else None
+        self._wishes = Wishes(publisher)
+        self._journal = Journal(config, ranks, attempt, self._manifest.dataset_digest, publisher)
+        self._journal.publish(Activity.STARTING, self.step)
+
+        self._state = TrainState(self.training, ranks.device)
+        identity = RunIdentity.of(config, self._manifest.dataset_digest)
+        peers = Peers(ranks.rank, ranks.world_size, ranks.store, ranks.control)
+        restored = self._restore(CheckpointStore(storage, config.checkpoints.uri, identity), peers, attempt)
+        exits.callback(self._journal.close)
+        self._writer = CheckpointWriter(
+            storage,
+            config.checkpoints.uri,
+            identity,
+            attempt,
+            peers,
+            previous=restored.manifest_digest if restored else None,
+            device=ranks.device,
+        )
+        exits.callback(self._writer.close)
+        self._checkpointing = Checkpointing(
+            config,
+            self._writer,
+            self._snapshot,
+            committed=self._committed,
+            failed=lambda: self._wishes.ask_again(self.step),
+            restored_step=restored.step if restored else None,
+        )
+        base_uri = self.training.data.shards.rpartition("/")[0]
+        self._stream = exits.enter_context(
+            Stream(self._manifest, base_uri, self.training, config.execution, storage, KeyHasher.from_env())
+        )
+
+    def _restore(self, checkpoints: CheckpointStore, peers: Peers, attempt: str) -> CheckpointRef | None:
+        loaded = restore(checkpoints, peers, attempt)
+        if loaded:
+            self._state.load_tensors(loaded.tensors)
+            self.step = loaded.ref.step
+            log.info("restored", id=loaded.ref.id, step=self.step, world_size=self.ranks.world_size)
+        first = self.ranks.rank == 0
+        self._journal.begin(
+            loaded.ref.step if loaded else None,
+            checkpoints.committed() if first else (),
+            checkpoints.quarantined() if first else (),
+        )
+        return loaded.ref if loaded else None
+
+    def train(self) -> ExitCode:
+        """Train to the end of the budget, or until any process is told to stop. Returns OK or TERMINATED.
+
+        Raises StopRequestedError where the run was asked to stop, and whatever ends a run early.
+        """
+        steps, clock, checkpointing = self.training.recipe.steps, self._journal.clock, self._checkpointing
+        step = Step(self.training, self._state, self.ranks, self._execution)
+        batches = self._stream.batches(self.step, self.ranks.virtual_ranks(self.training.recipe.virtual_ranks))
+        if self.step == 0 and not checkpointing.restored:
+            checkpointing.save(0)  # the random initialisation: what every later checkpoint is compared with
+        while self.step < steps:
+            clock.begin()
+            batch = next(batches)
+            clock.ready()
+            self._wishes.hear(self.step)
+            output = step(
+                batch,
+                self.step,
+                stop=self.told.stop or self._wishes.stop,
+                checkpoint=self._asks_for_checkpoint(),
+                busy=self._writer.busy(),
+            )
+            agreed = self._settle()  # the step before this one: what it agreed on, while this one runs
+            self._pending = output
+            self.step += 1
+            if self._execution.record_samples:
+                self._journal.keep_samples(self.step, self._stream.sample_log_lines(batch))
+            clock.end()
+            if agreed and agreed.stop and self.step < steps:
+                return self._leave()
+            checkpointing.follow(self.step, agreed)
+            self._publish(Activity.TRAINING)
+        self._save_together()
+        self._wishes.stopped()
+        self._publish(Activity.FINISHED)
+        log.info("finished", step=self.step)
+        return ExitCode.OK
+
+    def _leave(self) -> ExitCode:
+        """Save where everybody stands, then go."""
+        self._save_together()
+        # Every agent has to know whether its workers may be started again.
+        asked = self.ranks.agree("leaving", "asked" if self._wishes.stop else "told") == "asked"
+        self._wishes.stopped()
+        self._publish(Activity.STOPPED)
+        log.info("stopped", step=self.step, asked=asked)
+        if asked:
+            raise StopRequestedError(f"saved step {self.step} and left, as the run was asked to stop")
+        return ExitCode.TERMINATED
+
+    def _save_together(self) -> None:
+        """Have the checkpoint of this step committed. Nobody leaves before all know: one may host what they ask."""
+        self._checkpointing.complete(self.step)
+        self.ranks.meet()
+
+    def _asks_for_checkpoint(self) -> bool:
+        """Whether this process asks for a checkpoint: rank 0's clock, or the operator through rank 0."""
+        checkpointing = self._checkpointing
+        return self.ranks.rank == 0 and (
+            checkpointing.overdue() or self._wishes.checkpoint_since(checkpointing.saved_step)
+        )
+
+    def _settle(self) -> StepReport | None:
+        """Wait for the newest step and take over its values, once. Returns them; None before the first step."""
+        if self._pending is not None:
+            self._settled, self._pending = self._pending.read(), None
+            self._journal.record(self._settled)
+            self._divergence.watch(self._settled)
+        return self._settled
+
+    def _snapshot(self) -> Snapshot:
+        self._settle()  # the log of a checkpoint ends with its own step
+        self._publish(Activity.CHECKPOINTING)
+        samples = self.step * self.training.recipe.global_batch
+        return Snapshot(
+            step=self.step,
+            samples=samples,
+            tensors=self._state.tensors(),
+            teacher=self._state.teacher.backbone.state_dict(),
+            card=model_card(self.training, self._manifest, samples),
+            files=self._journal.files(self.step),
+        )
+
+    def _committed(self, ref: CheckpointRef, stall_seconds: float) -> None:
+        self._journal.committed(ref, stall_seconds)
+        self._wishes.saved(ref.step)
+
+    def _publish(self, activity: Activity) -> None:
+        self._journal.publish(activity, self.step, checkpoints_skipped=self._writer.skipped)
 
 
 if __name__ == "__main__":

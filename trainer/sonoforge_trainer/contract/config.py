@@ -347,7 +347,7 @@ class ExecutionConfig(Part):
     cache_bytes: PositiveInt = 8 * 2**30
     """Size limit of the shard cache."""
     log_every_steps: PositiveInt = 10
-    """Steps between metric records; also between reads of device values."""
+    """Steps between metric records, which hold means over these steps."""
     record_samples: bool = False
     """Keep the keyed hash of every sample used, by step and virtual rank, in the checkpoints."""
     tensorboard_dir: str | None = None
