@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +20,15 @@ from typing import Any
 import pytest
 import torch
 
-from sonoforge_trainer.contract import CheckpointConfig, ExecutionConfig, ExitCode, RunConfig, TrainConfig
+from sonoforge_trainer.contract import (
+    CheckpointConfig,
+    ExecutionConfig,
+    ExitCode,
+    RunConfig,
+    ShardManifest,
+    TrainConfig,
+    dataset_digest,
+)
 from sonoforge_trainer.ranks import Ranks
 from sonoforge_trainer.train import Run, Told
 
@@ -33,6 +44,30 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     command = [sys.executable, "-m", "sonoforge_trainer", *synth, "--shard-samples", "20"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     return f"file://{folder}/shards.json"
+
+
+@pytest.fixture(scope="session")
+def spoil() -> Callable[[Path, int], None]:
+    """A function that spoils the image of one sample, as it happened before the manifest was written."""
+
+    def make(folder: Path, ordinal: int) -> None:
+        path = folder / "shards.json"
+        manifest = ShardManifest.from_json(path.read_text())
+        found = list(manifest.shards)
+        index = 0
+        while ordinal >= found[index].samples:
+            ordinal -= found[index].samples
+            index += 1
+        shard = found[index]
+        data = bytearray((folder / shard.name).read_bytes())
+        first, length = shard.offsets[ordinal], shard.lengths[ordinal]
+        data[first : first + length] = bytes(length)
+        (folder / shard.name).write_bytes(data)
+        found[index] = shard.model_copy(update={"sha256": f"sha256:{hashlib.sha256(data).hexdigest()}"})
+        changes = {"shards": tuple(found), "dataset_digest": dataset_digest(tuple(found))}
+        path.write_text(manifest.model_copy(update=changes).to_json())
+
+    return make
 
 
 class Tiny:
@@ -88,12 +123,19 @@ class Tiny:
         """Write the configuration file."""
         (self.folder / "config.json").write_text(config.to_json())
 
+    def copy_shards(self) -> Path:
+        """A copy of the data set that may be changed; configurations made from now on use it."""
+        copy = self.folder / "shards"
+        shutil.copytree(Path(self.shards.removeprefix("file://")).parent, copy)
+        self.shards = f"file://{copy}/shards.json"
+        return copy
+
     # --- running ------------------------------------------------------------------------------------------------------
 
     def run_here(self, config: RunConfig, told: Told | None = None) -> ExitCode:
         """Train in this process."""
         with ExitStack() as exits:
-            return Run(config, Ranks.single(), told or Told(), exits).train()
+            return Run(config, Ranks.from_env(config.execution, {}), told or Told(), exits).train()
 
     def start(self, name: str, *arguments: str, **extra: str) -> subprocess.Popen[bytes]:
         """Start `python ARGUMENTS`; what it prints goes to a file."""
@@ -118,6 +160,17 @@ class Tiny:
         self.write(config)
         return self.start("train", "-m", "sonoforge_trainer.train", **extra)
 
+    def start_ranks(self, config: RunConfig, world_size: int) -> list[subprocess.Popen[bytes]]:
+        """Train in several processes without agents: rank 0 hosts the store."""
+        self.write(config)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        group["GLOO_SOCKET_IFNAME"] = "lo"
+        command = ("-m", "sonoforge_trainer.train")
+        return [self.start(f"rank-{rank}", *command, **group, RANK=str(rank)) for rank in range(world_size)]
+
     def start_coordinator(self) -> None:
         """Start a coordinator and learn its addresses."""
         file = self.folder / "addresses.json"
@@ -130,11 +183,11 @@ class Tiny:
         addresses = json.loads(file.read_text())
         self.store, self.http = addresses["store"], addresses["http"]
 
-    def start_agent(self, index: int, *, nodes: int) -> subprocess.Popen[bytes]:
+    def start_agent(self, index: int, *, nodes: int, attempt: str = "a") -> subprocess.Popen[bytes]:
         """Start the agent of a node, with one worker."""
         return self.start(
             f"agent-{index}",
-            *("-m", "sonoforge_trainer.launch", f"--nodes={nodes}", f"--endpoint={self.store}", "--attempt=a"),
+            *("-m", "sonoforge_trainer.launch", f"--nodes={nodes}", f"--endpoint={self.store}", f"--attempt={attempt}"),
             *(f"--local-addr=127.0.3.{index + 1}", "--keep-alive=1", "--first-call=1", "--last-call=1"),
             "--exit-barrier=20",
             SONOFORGE_TERMINATION_LOG=str(self.folder / f"agent-{index}.termination"),

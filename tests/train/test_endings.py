@@ -1,81 +1,85 @@
-"""How a worker process ends: its exit code, and what its log says. Plain processes, as on a laptop."""
+"""How a worker process ends: its exit code, and what its log says. Without agents, as on a laptop."""
 
 from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from sonoforge_trainer.contract import ExitCode
+from sonoforge_trainer import termination
+from sonoforge_trainer.contract import ContractError, ExitCode
 
 
 def test_a_configuration_is_all_that_a_laptop_needs(tiny):
-    assert tiny.start_train(tiny.config(steps=3, loader_workers=2), SONOFORGE_HASH_KEY_FILE="").wait(60) == ExitCode.OK
+    process = tiny.start_train(tiny.config(steps=3, loader_workers=2), SONOFORGE_HASH_KEY_FILE="")
+    assert process.wait(90) == ExitCode.OK
     assert tiny.committed()[-1] == 3
     assert [line["step"] for line in tiny.said("train", "metrics")] == [1, 2, 3]
     assert [line["step"] for line in tiny.said("train", "finished")] == [3]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_code_says_that_the_work_is_not_done(tiny, number):
-    process = tiny.start_train(tiny.config(steps=5000, every=5000))
-    out = tiny.folder / "train.out"
+def test_a_signal_to_any_rank_saves_at_a_step_that_all_agree_on(tiny):
+    """No rank leaves before all know that the checkpoint is committed, although rank 0 hosts the store they ask."""
+    ranks = tiny.start_ranks(tiny.config(steps=5000, every=5000), 2)
+    out = tiny.folder / "rank-0.out"
     tiny.wait_for(lambda: '"step": 5,' in out.read_text(), "step 5")
-    process.send_signal(number)
-    assert process.wait(60) == ExitCode.TERMINATED
+    ranks[1].send_signal(signal.SIGTERM)
+    assert [rank.wait(90) for rank in ranks] == [ExitCode.TERMINATED, ExitCode.TERMINATED], tiny.output()
     first, saved = tiny.committed()
     assert first == 0
     assert saved >= 5
     assert tiny.logged_steps() == list(range(1, saved + 1))
-    assert tiny.said("train", "worker-failed") == []
+    assert sorted(tiny.logged_samples()) == [(step, rank) for step in range(saved) for rank in (0, 1)]
+    for name in ("rank-0", "rank-1"):
+        assert [line["step"] for line in tiny.said(name, "stopped")] == [saved]
+        assert tiny.said(name, "worker-failed") == []
 
 
-def wrong_key(tiny) -> None:
+def test_ranks_that_cannot_restore_end_in_consequence_of_the_one_that_tried(tiny):
+    config = tiny.config(steps=2)
+    assert tiny.run_here(config.model_copy(update={"uid": "another"})) == ExitCode.OK
+    codes = [rank.wait(90) for rank in tiny.start_ranks(config, 2)]
+    assert codes == [ExitCode.CONFIG, ExitCode.FAILED], tiny.output()
+    causes = [tiny.said(f"rank-{rank}", "worker-failed")[0]["cause"] for rank in (0, 1)]
+    assert causes == ["config", "collective"]
+    assert tiny.committed() == [0, 2]
+
+
+def test_a_shard_that_is_missing_is_named_by_the_process_that_needs_it(tiny):
+    """Also where a loader's process was the first to look for it."""
+    (tiny.copy_shards() / "tiny-00001.tar").unlink()
+    assert tiny.start_train(tiny.config(loader_workers=1)).wait(90) == ExitCode.DATA
+    (failed,) = tiny.said("train", "worker-failed")
+    assert "tiny-00001.tar is missing" in failed["message"]
+    assert (failed["cause"], failed["rank"]) == ("data", 0)
+
+
+def test_a_wrong_configuration_names_the_field(tiny):
+    tiny.write(tiny.config())
     document = json.loads((tiny.folder / "config.json").read_text())
     document["training"]["recipe"]["globalBach"] = 8
     (tiny.folder / "config.json").write_text(json.dumps(document))
-
-
-def missing_shard(tiny) -> None:
-    copy = tiny.folder / "shards"
-    copy.mkdir()
-    source = Path(tiny.shards.removeprefix("file://")).parent
-    for file in source.iterdir():
-        if file.name != "tiny-00001.tar":
-            (copy / file.name).symlink_to(file)
-    text = (tiny.folder / "config.json").read_text()
-    (tiny.folder / "config.json").write_text(text.replace(tiny.shards, f"file://{copy}/shards.json"))
-
-
-def missing_manifest(tiny) -> None:
-    text = (tiny.folder / "config.json").read_text()
-    (tiny.folder / "config.json").write_text(text.replace("shards.json", "no-such.json"))
+    assert tiny.start("train", "-m", "sonoforge_trainer.train").wait(90) == ExitCode.CONFIG
+    (failed,) = tiny.said("train", "worker-failed")
+    assert "configuration.training.recipe.globalBach: unknown key" in failed["message"]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "execution", "code", "named"),
+    ("changes", "field"),
     [
-        (wrong_key, {}, ExitCode.CONFIG, "configuration.training.recipe.globalBach"),
-        (None, {"device": "cuda"}, ExitCode.CONFIG, "execution.device"),
-        (None, {"cache_bytes": 1000}, ExitCode.CONFIG, "execution.cacheBytes"),
-        (missing_shard, {}, ExitCode.DATA, "tiny-00001.tar is missing"),
-        (missing_shard, {"loader_workers": 1}, ExitCode.DATA, "tiny-00001.tar is missing"),
-        (missing_manifest, {}, ExitCode.DATA, "no-such.json"),
+        ({"device": "cuda"}, "execution.device"),
+        ({"cache_bytes": 1000}, "execution.cacheBytes"),
+        ({"recipe": {"virtualRanks": 8}}, "recipe.virtualRanks"),
+        ({"recipe": {"globalBatch": 128, "virtualRanks": 1}}, "recipe.globalBatch"),
     ],
 )
-def test_a_fault_ends_with_its_class_and_names_what_to_look_at(
-    tiny, spoil: Callable[..., None] | None, execution, code, named
-):
-    tiny.write(tiny.config(**execution))
-    if spoil:
-        spoil(tiny)
-    assert tiny.start("train", "-m", "sonoforge_trainer.train").wait(60) == code
-    (failed,) = tiny.said("train", "worker-failed")
-    assert named in failed["message"]
-    assert tiny.said("train", "finished") == []
+def test_what_only_a_worker_can_find_wrong_is_a_configuration_error_that_names_the_field(here, changes, field):
+    with pytest.raises(ContractError) as caught:
+        here.run_here(here.config(**changes))
+    ending = termination.classify(caught.value)
+    assert termination.exit_code(ending) == ExitCode.CONFIG
+    assert field in ending.message
 
 
 def test_a_run_that_diverges_is_given_up_and_says_so_in_json_that_others_read(tiny):

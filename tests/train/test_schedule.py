@@ -154,4 +154,7 @@ def test_processes_of_one_node_share_a_cache_and_leave_nothing_else(here, tmp_pa
     assert len(list(cache.glob("*.tar"))) == 3
     assert list(cache.glob("*.part")) == []
     logs = [sorted((tmp_path / name).rglob("samples-*.jsonl")) for name in ("one", "other")]
-    assert [len(json.loads(file.read_text().splitlines()[0])["samples"]) for files in logs for file in files[1:2]] == [4, 4]
+    assert [len(json.loads(file.read_text().splitlines()[0])["samples"]) for files in logs for file in files[1:2]] == [
+        4,
+        4,
+    ]

@@ -5,16 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import structlog
-
 from sonoforge_trainer.checkpoint import CheckpointFailedError, CheckpointWriter, SaveResult, Snapshot
 from sonoforge_trainer.contract import CheckpointRef, RunConfig
 from sonoforge_trainer.step import StepReport
 
 _COMMIT_SECONDS = 3600.0
 _FAILED_SAVES = 3
-
-log = structlog.get_logger(__name__)
 
 
 class Checkpointing:
@@ -106,4 +102,3 @@ class Checkpointing:
         self._failures = []
         self._committed_step = result.ref.step
         self._tell_committed(result.ref, result.stall_seconds)
-        log.info("checkpoint", id=result.ref.id, stall=result.stall_seconds, upload=result.upload_seconds)

@@ -14,9 +14,13 @@ import structlog
 
 
 def configure(**context: str) -> None:
-    """Set up logging for this process; `context` (job, attempt …) goes into every line."""
+    """Set up logging for this process; `context` (job, attempt …) goes into every line, of whichever thread."""
+
+    def in_context(logger: Any, name: str, event: Any) -> Any:
+        return {**context, **event}
+
     shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
+        in_context,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -24,7 +28,6 @@ def configure(**context: str) -> None:
         processors=[*shared, structlog.processors.JSONRenderer()],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    structlog.contextvars.bind_contextvars(**context)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -69,7 +69,6 @@ class Stream:
         self._workers = _default_workers() if execution.loader_workers is None else execution.loader_workers
         self._pin = execution.device == "cuda" or (execution.device == "auto" and torch.cuda.is_available())
         self._known_corrupt: set[int] = set()
-        self._resources = ExitStack()
         self._running = ExitStack()
         self._warned_of_substitutes = self._warned_of_cache = False
         if self._workers:
@@ -77,14 +76,11 @@ class Stream:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["sonoforge_trainer.micro_batch"])
             forkserver.ensure_running()
-        folder = execution.cache_dir
-        self._cache = ShardCache(
-            Path(folder) if folder else self._resources.enter_context(private_folder()),
-            execution.cache_bytes,
-            storage,
-            base_uri,
-        )
-        self._make = MicroBatchMaker(manifest, training, self._cache)
+        with ExitStack() as resources:
+            folder = Path(execution.cache_dir) if execution.cache_dir else resources.enter_context(private_folder())
+            self._cache = ShardCache(folder, execution.cache_bytes, storage, base_uri)
+            self._make = MicroBatchMaker(manifest, training, self._cache)
+            self._resources = resources.pop_all()
 
     def __enter__(self) -> Stream:
         return self

@@ -56,6 +56,7 @@ def run(context: dict[str, str], module: str, *arguments: str) -> None:
     logs.configure(**context, rank=os.environ["RANK"])
     logs.adopt_torch()
     sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)  # imported ahead for what it imports; runpy warns of what is there before it runs it
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except Exception as error:  # noqa: BLE001 - the last frame of a worker

@@ -1,0 +1,50 @@
+"""Groups of processes under real agents and a real coordinator: asked, told, damaged, and started again."""
+
+from __future__ import annotations
+
+import signal
+
+from sonoforge_trainer.contract import ExitCode
+
+
+def test_a_run_does_what_it_is_asked_and_says_what_it_sees(tiny, spoil):
+    """One checkpoint for a request, whoever uploads; then a stop, after which no agent starts its worker again."""
+    spoil(tiny.copy_shards(), 7)
+    tiny.start_coordinator()
+    tiny.write(tiny.config(steps=100_000, every=None, every_seconds=3600, loader_workers=1, log_every_steps=2))
+    agents = [tiny.start_agent(index, nodes=2) for index in range(2)]
+    tiny.wait_for_step(8)
+    asked = tiny.ask("/request", {"kind": "checkpoint", "id": "one"})
+    assert asked == {"id": "one", "accepted": True}
+    tiny.wait_for(lambda: len(tiny.ask("/progress")["checkpoints"]) == 2, "checkpoint that was asked for")
+    tiny.wait_for_step(tiny.ask("/progress")["step"] + 8)
+    tiny.ask("/request", {"kind": "stop", "id": "two"})
+    assert [agent.wait(60) for agent in agents] == [ExitCode.TERMINATED, ExitCode.TERMINATED]
+
+    progress = tiny.ask("/progress")
+    saved = tiny.committed()
+    assert progress["activity"] == "Stopped"
+    assert [checkpoint["step"] for checkpoint in progress["checkpoints"]] == saved
+    assert len(saved) == 3
+    assert saved[-1] == progress["step"]
+    assert progress["worldSize"] == progress["nodes"] == 2
+    assert progress["corruptSamples"] >= 1
+    assert progress["checkpointsSkipped"] == 0
+    assert 0 < progress["teacherEntropy"] < 3.5  # log of 32 prototypes
+    assert set(progress["losses"]) == {"dino", "ibot", "koleo"}
+    assert tiny.logged_samples()[-1] == (saved[-1] - 1, 1)
+    for index in range(2):
+        said = tiny.termination(index)
+        assert (said["cause"], said["final"], said["rank"]) == ("terminated", True, index)
+        assert said["message"] == f"saved step {saved[-1]} and left, as the run was asked to stop"
+
+    # What was done is acknowledged: the run goes on when it is started again, and is not stopped by the old request.
+    agent = tiny.start_agent(2, nodes=1, attempt="b")
+    tiny.wait_for_step(saved[-1] + 8)
+    assert tiny.ask("/progress")["restoredStep"] == saved[-1]
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(60) == ExitCode.TERMINATED
+    steps = [step for step, _ in tiny.logged_samples()]
+    assert tiny.said("agent-0", "stopped")[0]["node"] == "127.0.3.1"
+    assert {line["rank"] for line in tiny.said("agent-1", "checkpoint committed")} == {"1"}
+    assert sorted(steps) == [step for step in range(tiny.committed()[-1]) for _ in range(2)]
