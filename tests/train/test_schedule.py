@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import shutil
 import threading
 import time
@@ -47,7 +47,7 @@ def test_the_clock_makes_one_checkpoint_an_interval(here):
     steps = here.committed()
     assert (steps[0], steps[-1]) == (0, 60)
     assert len(steps) <= seconds + 2
-    assert min(later - earlier for earlier, later in zip(steps[:-1], steps[1:-1], strict=False)) > 1
+    assert min(later - earlier for earlier, later in itertools.pairwise(steps[:-1])) > 1
     assert here.logged_steps() == list(range(1, 61))
 
 
@@ -136,7 +136,7 @@ def test_tensorboard_shows_each_step_once_also_after_steps_were_lost(here, tmp_p
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
-def test_processes_of_one_node_share_a_cache_and_leave_nothing_else(here, tmp_path):
+def test_two_runs_at_once_share_a_cache_that_holds_each_shard_once(here, tmp_path):
     cache = tmp_path / "cache"
     codes: list[ExitCode] = []
 
@@ -153,8 +153,4 @@ def test_processes_of_one_node_share_a_cache_and_leave_nothing_else(here, tmp_pa
     assert codes == [ExitCode.OK, ExitCode.OK]
     assert len(list(cache.glob("*.tar"))) == 3
     assert list(cache.glob("*.part")) == []
-    logs = [sorted((tmp_path / name).rglob("samples-*.jsonl")) for name in ("one", "other")]
-    assert [len(json.loads(file.read_text().splitlines()[0])["samples"]) for files in logs for file in files[1:2]] == [
-        4,
-        4,
-    ]
+    assert [len(list((tmp_path / name).glob("*/*/COMMIT"))) >= 2 for name in ("one", "other")] == [True, True]
