@@ -5,10 +5,11 @@ One file may hold several documents: the PretrainJob, and the PretrainRuntime an
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from sonoforge_trainer.contract import (
     CheckpointConfig,
@@ -25,8 +26,45 @@ GROUP = "sonoforge.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 
-Duration = Annotated[str, Field(pattern=r"^([0-9]+(s|m|h|d))+$")]
+
+def _a_network(text: str) -> str:
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError("not a network in CIDR notation; write for example 10.20.0.0/16") from None
+    return text
+
+
+def _number_as_text(value: object) -> object:
+    """YAML reads `cpu: 8` as a number; a quantity is a text."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Duration = Annotated[str, Field(pattern=r"^([0-9]+(s|m|h|d))+$", max_length=32)]
 Count = Annotated[int, Field(ge=0)]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+OptionalObjectName = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", max_length=253)]
+_QUALIFIED = r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
+QualifiedName = Annotated[str, Field(pattern=f"^{_QUALIFIED}$", max_length=317)]
+"""Name of a label, taint or resource, with or without a DNS prefix."""
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", max_length=63)]
+_AMOUNT = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?"
+_INT_OR_STRING: dict[str, Any] = {"x-kubernetes-int-or-string": True}
+Quantity = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    Field(pattern=f"^{_AMOUNT}$", max_length=32, json_schema_extra=_INT_OR_STRING),
+]
+"""An amount of a resource as Kubernetes writes it: 500m, 8, 32Gi."""
+OptionalQuantity = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    Field(pattern=f"^({_AMOUNT})?$", max_length=32, json_schema_extra=_INT_OR_STRING),
+]
+Cidr = Annotated[str, AfterValidator(_a_network), Field(max_length=64, json_schema_extra={"format": "cidr"})]
+Port = Annotated[int, Field(ge=1, le=65_535)]
+NodeSelector = Annotated[dict[QualifiedName, LabelValue], Field(max_length=64)]
+Resources = Annotated[dict[QualifiedName, Quantity], Field(max_length=32)]
 
 
 class Metadata(Part):
@@ -43,7 +81,7 @@ class Metadata(Part):
 class NameRef(Part):
     """A reference to an object in the same namespace."""
 
-    name: str
+    name: ObjectName
     """Name of the object."""
 
 
@@ -56,6 +94,8 @@ class Workers(Part):
     """Training grows up to this many. May change while the job runs."""
     gpus_per_node: Annotated[int, Field(ge=1)] = 1
     """Processes on each node, one a GPU. On a machine without GPUs, processes."""
+    node_selector: NodeSelector = {}
+    """Labels that the nodes must have besides those that the runtime asks for, which cannot be changed here."""
 
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> Self:
@@ -131,8 +171,8 @@ class PretrainJobSpec(Part):
     """Evaluation of checkpoints."""
     restart_policy: RestartPolicy = RestartPolicy()
     """When to give up."""
-    queue_name: str = ""
-    """Kueue queue, where there is one."""
+    queue_name: OptionalObjectName = ""
+    """Kueue queue. Empty: the runtime's."""
     suspend: bool = False
     """Save a checkpoint and release the nodes; false again continues from there."""
     ttl_after_finished: Duration | None = None
@@ -152,11 +192,153 @@ class PretrainJob(Part):
     """What is wanted."""
 
 
+class Images(Part):
+    """Where the programs come from."""
+
+    trainer: Annotated[str, Field(max_length=512)] = ""
+    """Image of every pod of a job, best by digest (NAME@sha256:...). Empty: the operator's default."""
+    pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
+    """When a node asks the registry."""
+    pull_secrets: Annotated[tuple[ObjectName, ...], Field(max_length=8)] = ()
+    """Names of Secrets with the registry's credentials, in the job's namespace."""
+
+
+class Accelerator(Part):
+    """What a process computes on."""
+
+    resource_name: Annotated[str, Field(pattern=f"^({_QUALIFIED})?$", max_length=317)] = "nvidia.com/gpu"
+    """Extended resource that stands for one GPU. Empty: CPU only, and gpusPerNode is the number of processes."""
+
+
+class Limits(Part):
+    """What a job may ask for at most."""
+
+    max_nodes: Annotated[int, Field(ge=1)] | None = None
+    """Upper bound of a job's maxNodes. Not given: none."""
+    max_gpus_per_node: Annotated[int, Field(ge=1)] | None = None
+    """Upper bound of a job's gpusPerNode. Not given: none."""
+    queues: Annotated[tuple[ObjectName, ...], Field(max_length=64)] = ()
+    """Queues that a job may name besides the runtime's own. Empty: only that one."""
+
+
+class Toleration(Part):
+    """A taint that pods put up with; the fields are those of a pod."""
+
+    key: Annotated[str, Field(pattern=f"^({_QUALIFIED})?$", max_length=317)] = ""
+    """Key of the taint. Empty with the operator Exists: every taint."""
+    operator: Literal["Equal", "Exists"] = "Equal"
+    """Equal compares the value, Exists only looks for the key."""
+    value: LabelValue = ""
+    """Value of the taint, for Equal."""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+    """Effect of the taint. Empty: every effect."""
+    toleration_seconds: Count | None = None
+    """How long a NoExecute taint is put up with. Not given: for ever."""
+
+    @model_validator(mode="after")
+    def _fits_its_operator(self) -> Self:
+        if self.operator == "Exists" and self.value:
+            raise ValueError("operator Exists compares no value; remove the value or use Equal")
+        if self.operator == "Equal" and not self.key:
+            raise ValueError("operator Equal needs a key; give one or use Exists")
+        return self
+
+
+class PodSettings(Part):
+    """Where the pods of one kind run and what they get."""
+
+    node_selector: NodeSelector = {}
+    """Labels that a node must have."""
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=32)] = ()
+    """Taints of nodes that these pods put up with."""
+    priority_class_name: OptionalObjectName = ""
+    """PriorityClass of the pods. Empty: the cluster's default."""
+    runtime_class_name: OptionalObjectName = ""
+    """RuntimeClass of the pods. Empty: the node's default."""
+    requests: Resources = {}
+    """Resources that a pod asks for, for example cpu and memory; GPUs are added from the accelerator."""
+    limits: Resources = {}
+    """Resources that a pod may not exceed; GPUs are added from the accelerator."""
+    shared_memory: OptionalQuantity = ""
+    """Size of /dev/shm, which counts as memory. Empty: the container runtime's default."""
+
+
+class WorkerPods(PodSettings):
+    """Where workers run and what each node's pod gets."""
+
+    shared_memory: OptionalQuantity = "8Gi"
+    """Size of /dev/shm, through which decode workers and NCCL pass data. It counts as memory."""
+
+
+class EvaluationPods(PodSettings):
+    """Where evaluations run and what each gets."""
+
+    gpus: Count = 0
+    """GPUs of an evaluation. 0: it runs on CPUs."""
+
+
+class StorageSettings(Part):
+    """How the pods reach object storage."""
+
+    endpoint_url: Annotated[str, Field(pattern=r"^(https?://[^@\s]+)?$", max_length=1024)] = ""
+    """URL of the S3 server. Empty: AWS."""
+    region: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]*$", max_length=63)] = ""
+    """Region of the buckets. Empty: us-east-1."""
+    path_style: bool = False
+    """Always address buckets as SERVER/BUCKET. Otherwise only where endpointUrl is set."""
+    credentials_secret: OptionalObjectName = ""
+    """Secret whose key `credentials` is an AWS credentials file; it is mounted as a file. Empty: no static keys."""
+    ca_bundle: OptionalObjectName = ""
+    """ConfigMap whose key `ca.crt` has the certificates to trust. Empty: those of the image."""
+    role_arn: Annotated[str, Field(pattern=r"^(arn:[^\s]+)?$", max_length=2048)] = ""
+    """Role to assume with a projected service account token (web identity). Empty: pods get no token at all."""
+
+
+class Network(Part):
+    """Which traffic of a job's pods is allowed."""
+
+    policies: bool = True
+    """Make NetworkPolicies: workers with each other and the coordinator, DNS and storage; nothing else."""
+    storage_cidrs: Annotated[tuple[Cidr, ...], Field(max_length=64)] = ()
+    """Networks of the storage servers. Empty: any address, on the storage ports only."""
+    storage_ports: Annotated[tuple[Port, ...], Field(min_length=1, max_length=16)] = (443,)
+    """TCP ports of the storage servers."""
+    dns_namespace: ObjectName = "kube-system"
+    """Namespace of the cluster's DNS."""
+
+
 class PretrainRuntimeSpec(Part):
-    """Defaults and limits of a platform that jobs refer to by name."""
+    """Defaults and limits of a platform that jobs refer to by name. A job can narrow them and never widen them.
+
+    A run on one machine uses only `execution`.
+    """
 
     execution: ExecutionConfig = ExecutionConfig()
     """How workers execute; nothing here changes a result beyond rounding."""
+    images: Images = Images()
+    """Container images."""
+    accelerator: Accelerator = Accelerator()
+    """GPUs."""
+    limits: Limits = Limits()
+    """What a job may ask for at most."""
+    workers: WorkerPods = WorkerPods()
+    """Pods that train, one a node."""
+    coordinator: PodSettings = PodSettings()
+    """The pod that workers meet at. It needs no GPU and should be on a node that stays."""
+    evaluation: EvaluationPods = EvaluationPods()
+    """Pods that evaluate a checkpoint."""
+    queue_name: OptionalObjectName = ""
+    """Kueue queue of jobs that name none. Empty: no queue."""
+    storage: StorageSettings = StorageSettings()
+    """Object storage."""
+    network: Network = Network()
+    """Network policies."""
+    hash_key_secret: OptionalObjectName = ""
+    """Secret whose key `key` (16 bytes or more) hashes sample keys in logs. Empty: a key is drawn for each group."""
+    user_id: Annotated[int, Field(ge=1)] = 65_532
+    """User that the processes run as; never root."""
+    group_id: Annotated[int, Field(ge=1)] = 65_532
+    """Group of the processes and of the volumes."""
 
 
 class PretrainRuntime(Part):
@@ -224,13 +406,23 @@ class JobFile(Part):
 
 def parse_job(document: object, *, where: str = "PretrainJob") -> PretrainJob:
     """A PretrainJob from a plain document; its preset is resolved. Raises ContractError."""
+    document = _known_metadata(document)
     if isinstance(document, Mapping) and isinstance(document.get("spec"), Mapping):
-        document = _known_metadata(document)
         training = document["spec"].get("training")
         if training is not None:
             resolved = TrainConfig.resolve(training, where=f"{where}.spec.training")
             document = {**document, "spec": {**document["spec"], "training": resolved.document()}}
     return PretrainJob.parse(document, where=where)
+
+
+def parse_runtime(document: object, *, where: str = "PretrainRuntime") -> PretrainRuntime:
+    """A PretrainRuntime from a plain document, of a file or of a cluster. Raises ContractError."""
+    return PretrainRuntime.parse(_known_metadata(document), where=where)
+
+
+def parse_suite(document: object, *, where: str = "EvalSuite") -> EvalSuite:
+    """An EvalSuite from a plain document, of a file or of a cluster. Raises ContractError."""
+    return EvalSuite.parse(_known_metadata(document), where=where)
 
 
 def parse_job_file(text: str, *, where: str) -> JobFile:
@@ -250,11 +442,8 @@ def parse_job_file(text: str, *, where: str) -> JobFile:
     if len(jobs) != 1:
         raise ContractError(f"{where}: found {len(jobs)} PretrainJob documents. Allowed: exactly one")
     job = parse_job(jobs[0], where=f"{where}: PretrainJob")
-    runtimes = [
-        PretrainRuntime.parse(_known_metadata(d), where=f"{where}: PretrainRuntime")
-        for d in by_kind.get("PretrainRuntime", [])
-    ]
-    suites = [EvalSuite.parse(_known_metadata(d), where=f"{where}: EvalSuite") for d in by_kind.get("EvalSuite", [])]
+    runtimes = [parse_runtime(d, where=f"{where}: PretrainRuntime") for d in by_kind.get("PretrainRuntime", [])]
+    suites = [parse_suite(d, where=f"{where}: EvalSuite") for d in by_kind.get("EvalSuite", [])]
     runtime = _named(job.spec.runtime_ref, runtimes, f"{where}: PretrainJob.spec.runtimeRef.name")
     suite = _named(job.spec.evaluation.suite_ref, suites, f"{where}: PretrainJob.spec.evaluation.suiteRef.name")
     file = JobFile(
@@ -291,8 +480,10 @@ def seconds(duration: str) -> int:
     return total
 
 
-def _known_metadata(document: Mapping[str, Any]) -> Mapping[str, Any]:
+def _known_metadata(document: object) -> object:
     """Drop what a cluster adds to an object and what is not ours to judge: other metadata, status."""
+    if not isinstance(document, Mapping):
+        return document
     metadata = document.get("metadata")
     kept = {k: v for k, v in document.items() if k != "status"}
     if isinstance(metadata, Mapping):
