@@ -128,5 +128,5 @@ def worker_facts(job: JobFile, status: JobStatus, observed: Observed) -> list[tu
 
 def newest_start(job: JobFile, status: JobStatus, observed: Observed) -> float:
     """Unix time at which the newest running process of the group started or was wanted."""
-    started = [f.started for _, f in worker_facts(job, status, observed) if f.running]
+    started = [f.started for _, f in worker_facts(job, status, observed) if f.works]
     return max(status.attempt_started, status.replaced, *started)

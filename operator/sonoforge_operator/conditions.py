@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sonoforge_operator.api import JobFile
 from sonoforge_operator.children import newest_start
-from sonoforge_operator.observed import Observed
+from sonoforge_operator.observed import ChildFact, Observed
 from sonoforge_operator.rules import Stall
 from sonoforge_operator.status import Condition, JobStatus, Outcome, Phase
 from sonoforge_trainer.contract import Activity, Progress
@@ -18,13 +18,16 @@ def conditions(
 ) -> tuple[Condition, ...]:
     """All conditions of a job. `since` moves only where the status of a condition changes."""
     workers = [f for name, f in observed.children.items() if name.startswith("worker-")]
-    running = sum(f.running for f in workers)
+    running = sum(f.works for f in workers)
+    waiting_for_queue = any(f.waiting == "WaitingForQueue" for f in workers)
     outcome = status.outcome
     waiting = [e for c in status.checkpoints for e in c.evaluations if not e.ended]
     waiting += [f for f in status.floors if not f.ended and status.checkpoints]
-    suspended = job.job.spec.suspend and not running and outcome is None
+    suspended = job.job.spec.suspend and not any(f.running for f in workers) and outcome is None
     facts: list[_Fact] = [
         ("Accepted", True, "Valid", "the job can run"),
+        ("Queued", waiting_for_queue, "WaitingForQueue" if waiting_for_queue else "NotWaiting", ""),
+        _scheduled(job, workers),
         _rendezvoused(observed.progress, running),
         _training(job, status, observed, stall, now) if running and outcome is None else _not_training(outcome),
         ("Stalled", stall is not None, stall.reason if stall else "Stepping", stall.message if stall else ""),
@@ -63,6 +66,17 @@ def _end(result: str, status: JobStatus, otherwise: str) -> _Fact:
     return result, status.terminal, outcome.reason, outcome.message
 
 
+def _scheduled(job: JobFile, workers: list[ChildFact]) -> _Fact:
+    working, wanted = sum(f.works for f in workers), job.job.spec.workers
+    message = f"{working} nodes run, {wanted.min_nodes} to {wanted.max_nodes} are wanted"
+    if working >= wanted.min_nodes:
+        return "Scheduled", True, "Running", message
+    waiting = next((f for f in workers if f.waiting), None)
+    if waiting:
+        return "Scheduled", False, waiting.waiting, f"{message}: {waiting.waiting_message}".rstrip(": ")
+    return "Scheduled", False, "Starting" if workers else "NoWorkers", message
+
+
 def _rendezvoused(answer: Progress | None, running: int) -> _Fact:
     if not running:
         return "Rendezvoused", False, "NoWorkers", ""
@@ -95,6 +109,7 @@ def _not_training(outcome: Outcome | None) -> _Fact:
 _PHASES: tuple[tuple[str, Phase], ...] = (
     ("Succeeded", "Succeeded"),
     ("Failed", "Failed"),
+    ("Queued", "Queued"),
     ("Stalled", "Stalled"),
     ("Training", "Running"),
     ("Suspended", "Suspended"),

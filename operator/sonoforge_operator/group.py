@@ -14,11 +14,22 @@ from sonoforge_operator.children import (
     worker_facts,
 )
 from sonoforge_operator.observed import ChildFact, Event
-from sonoforge_operator.status import Backoff, JobStatus
+from sonoforge_operator.status import Backoff, ExcludedNode, JobStatus
 from sonoforge_operator.turn import Turn
 from sonoforge_trainer.contract import Progress, Request
 
 _USEFUL_SECONDS = 60.0
+_EXCLUDED_SECONDS = 24 * 3600.0
+
+
+def suspend(at: Turn) -> Turn:
+    """Release the nodes where the job asks for it, and begin a new attempt once it does not any more."""
+    asked = at.spec.suspend
+    if asked == at.status.suspended or at.status.outcome:
+        return at
+    if asked:
+        return at.update(Event("Suspended", "the nodes save a checkpoint and are released"), suspended=True)
+    return _next_attempt(at.update(Event("Resumed", "going on from the newest checkpoint"), suspended=False))
 
 
 def resize(at: Turn) -> Turn:
@@ -54,6 +65,7 @@ def count_workers(at: Turn) -> Turn:
         return at  # what was committed decides, not how the processes end after it
     facts = worker_facts(at.job, at.status, at.observed)
     failures = [(i, f, rules.classify(f)) for i, f in facts if not f.running]
+    at = _exclude(at, {f.node for _, f, failure in failures if failure.cause == "hardware" and f.node})
     real = [f for _, _, f in failures if f.cause not in ("finished", "infrastructure")]
     if real:
         # Where one node fails, the others end because of it: theirs is never the cause while another is known.
@@ -73,15 +85,19 @@ def watch_for_stalls(at: Turn) -> Turn:
     if not training_wanted(at.job, at.status) or last_checkpoint_is_known(at.job, at.status):
         return at
     coordinator = at.observed.children.get(coordinator_name(at.status))
+    workers = worker_facts(at.job, at.status, at.observed)
+    waiting = next((f for _, f in workers if f.waiting), None)
     facts = rules.StallFacts(
         progress=at.status.progress or Progress(),
         answered=at.observed.progress is not None,
-        running=sum(f.running for _, f in worker_facts(at.job, at.status, at.observed)),
+        running=sum(f.works for _, f in workers),
         min_nodes=at.spec.workers.min_nodes,
         policy=at.spec.restart_policy,
         since=newest_start(at.job, at.status, at.observed),
         coordinator_since=coordinator.started if coordinator else at.now,
         now=at.now,
+        waiting=waiting.waiting if waiting else "",
+        waiting_message=waiting.waiting_message if waiting else "",
     )
     found = rules.stalled(facts)
     if found is None:
@@ -95,6 +111,7 @@ def _next_attempt(at: Turn, backoff: Backoff | None = None) -> Turn:
     return at.update(
         attempt=at.status.attempt + 1,
         worker_deaths=(),
+        worker_lost=(),
         attempt_started=at.now,
         replaced=at.now,
         node_backoff=backoff or Backoff(),
@@ -103,15 +120,22 @@ def _next_attempt(at: Turn, backoff: Backoff | None = None) -> Turn:
 
 def _replace(at: Turn, lost: list[tuple[int, ChildFact]]) -> Turn:
     deaths = list(node_deaths(at.status, at.job))
+    identities = list((at.status.worker_lost + ("",) * len(deaths))[: len(deaths)])
     restarts = dict(at.status.restarts)
     events = []
-    for index, _ in lost:
+    for index, fact in lost:
         deaths[index] += 1
+        identities[index] = fact.identity
         restarts["infrastructure"] = restarts.get("infrastructure", 0) + 1
         events.append(Event("WorkerReplaced", f"node {index} was lost; a new one is started", warning=True))
     requests = (Request(kind="lost", node=str(index), id=fact.name) for index, fact in lost)
     return at.update(
-        *events, worker_deaths=tuple(deaths), restarts=restarts, replaced=at.now, node_backoff=_node_backoff(at)
+        *events,
+        worker_deaths=tuple(deaths),
+        worker_lost=tuple(identities),
+        restarts=restarts,
+        replaced=at.now,
+        node_backoff=_node_backoff(at),
     ).ask(*requests)
 
 
@@ -125,7 +149,8 @@ def _restart(at: Turn, failure: rules.Failure) -> Turn:
     if failure.cause == "application":
         applications.append(at.now)
     # A group that lost its nodes did nothing wrong; every other restart has to bring the run forward.
-    stuck = 1 if moved else at.status.restarts_without_progress + (failure.cause != "collective")
+    innocent = failure.cause in ("collective", "hardware")
+    stuck = 1 if moved else at.status.restarts_without_progress + (not innocent)
     counted = at.update(
         restarts=_raised(at.status, failure.cause),
         application_failures=tuple(applications),
@@ -138,6 +163,13 @@ def _restart(at: Turn, failure: rules.Failure) -> Turn:
     message = f"attempt {at.status.attempt + 1} after {failure.cause}: {failure.message}".rstrip(": ")
     event = Event("Restarted", message, warning=True)
     return _next_attempt(counted.update(event, failed_attempt=at.status.attempt), _node_backoff(at))
+
+
+def _exclude(at: Turn, nodes: set[str]) -> Turn:
+    """Avoid machines whose hardware failed, for a day. The next attempt does."""
+    known = tuple(e for e in at.status.excluded if e.until > at.now and e.name not in nodes)
+    fresh = tuple(ExcludedNode(name=name, until=at.now + _EXCLUDED_SECONDS) for name in sorted(nodes))
+    return at.update(excluded=known + fresh) if fresh else at
 
 
 def _node_backoff(at: Turn) -> Backoff:

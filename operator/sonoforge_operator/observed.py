@@ -45,7 +45,24 @@ class ChildFact:
     termination: Termination | None = None
     """What it said at its end."""
     started: float = 0.0
-    """Unix time of its start."""
+    """Unix time of its start; of its creation, while it waits."""
+    waiting: str = ""
+    """Why it exists and does not run yet, in one word; empty for one that runs or ended."""
+    waiting_message: str = ""
+    """The same in a sentence."""
+    disruption: str = ""
+    """Why the platform took it away; empty where it did not."""
+    reason: str = ""
+    """What the platform says of its end, in one word."""
+    node: str = ""
+    """The machine it is or was on."""
+    identity: str = ""
+    """What tells it from another one of the same name, where names can be used again."""
+
+    @property
+    def works(self) -> bool:
+        """Whether it runs, and waits for nothing to do so."""
+        return self.running and not self.waiting
 
 
 @dataclass(frozen=True)
@@ -88,3 +105,5 @@ class Plan:
     """What to tell."""
     wake_after: float = 1.0
     """Seconds until the next pass, if nothing happens before."""
+    expired: bool = False
+    """Whether the job itself is to be deleted, because it ended long enough ago."""

@@ -7,7 +7,8 @@ anywhere is finished by the next one and nothing is counted or started twice.
 from __future__ import annotations
 
 from sonoforge_operator import rules
-from sonoforge_operator.api import JobFile
+from sonoforge_operator.accounting import account
+from sonoforge_operator.api import JobFile, seconds
 from sonoforge_operator.children import (
     any_worker_runs,
     attempt_of,
@@ -16,7 +17,7 @@ from sonoforge_operator.children import (
     worker_facts,
 )
 from sonoforge_operator.conditions import conditions, phase
-from sonoforge_operator.group import count_coordinator, count_workers, resize, watch_for_stalls
+from sonoforge_operator.group import count_coordinator, count_workers, resize, suspend, watch_for_stalls
 from sonoforge_operator.observed import Event, Observed, Plan
 from sonoforge_operator.scoring import choose_best, follow_suite, score_checkpoints
 from sonoforge_operator.status import JobStatus, Outcome
@@ -31,10 +32,11 @@ _LEAVING_SECONDS = 60.0
 def plan(job: JobFile, observed: Observed, now: float) -> Plan:
     """What the children and the status of a job should be at time `now` (Unix seconds)."""
     if observed.status.terminal:
-        return Plan(children=(), status=observed.status, wake_after=float("inf"))
+        return _after_the_end(job, observed.status, now)
     turn = Turn(job, observed, now, observed.status)
     for part in (
         _accept,
+        suspend,
         resize,
         follow_suite,
         _read_progress,
@@ -45,6 +47,7 @@ def plan(job: JobFile, observed: Observed, now: float) -> Plan:
         score_checkpoints,
         choose_best,
         _decide_outcome,
+        account,
         retire_checkpoints,
         _finish,
     ):
@@ -58,6 +61,13 @@ def plan(job: JobFile, observed: Observed, now: float) -> Plan:
         events=turn.events,
         wake_after=_POLL_SECONDS,
     )
+
+
+def _after_the_end(job: JobFile, status: JobStatus, now: float) -> Plan:
+    """Nothing changes any more, until the job itself is deleted."""
+    ttl = job.job.spec.ttl_after_finished
+    left = status.finished + seconds(ttl) - now if ttl else float("inf")
+    return Plan(children=(), status=status, wake_after=max(0.0, left), expired=left <= 0)
 
 
 def _accept(at: Turn) -> Turn:

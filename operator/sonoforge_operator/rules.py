@@ -22,6 +22,20 @@ _BY_CODE: dict[int, End] = {
     ExitCode.NOT_FINITE: "not-finite",
     ExitCode.TERMINATED: "infrastructure",
 }
+_BY_REASON: dict[str, End] = {
+    "OOMKilled": "memory",
+    "UnexpectedAdmissionError": "hardware",
+    "OutOfnvidia.com/gpu": "hardware",
+    "Evicted": "infrastructure",
+    "NodeLost": "infrastructure",
+    "NodeShutdown": "infrastructure",
+    "Shutdown": "infrastructure",
+    "Terminated": "infrastructure",
+    "Preempting": "infrastructure",
+    "NodeAffinity": "infrastructure",
+    "DeadlineExceeded": "infrastructure",
+}
+"""Reasons that the kubelet gives for the end of a container or a pod."""
 _DATA_RESTARTS, _MEMORY_RESTARTS, _NOT_FINITE_RESTARTS = 3, 1, 1
 _CHECKPOINT_PATIENCE_SECONDS = 3900.0
 """The trainer itself gives a checkpoint up after an hour."""
@@ -40,11 +54,18 @@ class Failure:
 
 
 def classify(fact: ChildFact) -> Failure:
-    """The class of a worker's end: what it said first, then its exit code. 137 alone never decides."""
+    """The class of a worker's end: what the platform knows, then what it said, then its exit code.
+
+    137 alone never decides.
+    """
     said = fact.termination
     cause = said.cause if said else None
     if cause == "done":
         return Failure("finished", "")
+    if fact.disruption:
+        return Failure("infrastructure", f"the pod was taken away: {fact.disruption}")
+    if fact.reason in _BY_REASON:
+        return Failure(_BY_REASON[fact.reason], f"{fact.reason}{f' on {fact.node}' if fact.node else ''}")
     if said and cause and cause != "terminated":
         where = f" at step {said.step}" if said.step is not None else ""
         return Failure(cause, f"{said.exception or cause}{where}: {said.message}".rstrip(": "))
@@ -175,15 +196,28 @@ class StallFacts:
     coordinator_since: float
     """Unix time at which the coordinator started. It knows nothing that happened before; nor does it need to hurry."""
     now: float
+    waiting: str = ""
+    """Why nodes that are needed do not run yet, in one word."""
+    waiting_message: str = ""
 
 
 @dataclass(frozen=True)
 class Stall:
     """A run that does not step."""
 
-    reason: Literal["Rendezvous", "Unreachable", "Checkpointing", "Collective", "DataStarved"]
+    reason: str
+    """Rendezvous, Unreachable, Checkpointing, Collective or DataStarved, or what keeps nodes from running:
+    Unschedulable, ImagePull, WaitingForQueue, ContainerConfig."""
     message: str
     restart: bool
+
+
+def nodes_are_missing(facts: StallFacts) -> Stall | None:
+    """There are fewer nodes than the run needs, and it is known why. Only the platform can change that."""
+    if facts.running < facts.min_nodes and facts.waiting:
+        message = f"{facts.running} of at least {facts.min_nodes} nodes run: {facts.waiting_message}".rstrip(": ")
+        return Stall(facts.waiting, message, restart=False)
+    return None
 
 
 def coordinator_is_silent(facts: StallFacts) -> Stall | None:
@@ -226,7 +260,7 @@ def step_is_late(facts: StallFacts) -> Stall | None:
     return Stall("DataStarved" if progress.data_wait > 0.9 else "Collective", message, restart=True)
 
 
-STALLED = (coordinator_is_silent, first_step_is_late, step_is_late)
+STALLED = (nodes_are_missing, coordinator_is_silent, first_step_is_late, step_is_late)
 
 
 def stalled(facts: StallFacts) -> Stall | None:

@@ -8,17 +8,37 @@ from typing import Literal
 from sonoforge_operator.api import Workers
 from sonoforge_trainer.contract import CheckpointRef, Evaluation, EvaluationRequest, Part, Progress, Score
 
-Phase = Literal["Pending", "Running", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
+Phase = Literal["Pending", "Queued", "Running", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
 EvaluationPhase = Literal["Pending", "Running", "Succeeded", "Failed"]
 RestartCause = Literal[
-    "infrastructure", "application", "data", "storage", "memory", "not-finite", "collective", "stall", "coordinator"
+    "infrastructure",
+    "hardware",
+    "application",
+    "data",
+    "storage",
+    "memory",
+    "not-finite",
+    "collective",
+    "stall",
+    "coordinator",
 ]
 
 
 class Condition(Part):
     """One fact about the job, always present."""
 
-    type: Literal["Accepted", "Rendezvoused", "Training", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
+    type: Literal[
+        "Accepted",
+        "Queued",
+        "Scheduled",
+        "Rendezvoused",
+        "Training",
+        "Stalled",
+        "Evaluating",
+        "Suspended",
+        "Succeeded",
+        "Failed",
+    ]
     """What it is about."""
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""
@@ -51,6 +71,32 @@ class Backoff(Part):
     """Ends in a row without any use in between."""
     until: float = 0.0
     """Unix time of the next start."""
+
+
+class ExcludedNode(Part):
+    """A machine that the job avoids where it can."""
+
+    name: str
+    """Name of the machine."""
+    until: float
+    """Unix time after which it is used again."""
+
+
+class Goodput(Part):
+    """Where the time of a job went, from its acceptance to the end of its training."""
+
+    productive_seconds: float = 0.0
+    """Time in which steps were made that were not lost later."""
+    lost_seconds: dict[str, float] = {}
+    """Time without such steps, by cause."""
+    until: float = 0.0
+    """Unix time up to which this was counted."""
+
+    @property
+    def share(self) -> float | None:
+        """Productive part of the time, 0..1; None before there is any."""
+        total = self.productive_seconds + sum(self.lost_seconds.values())
+        return self.productive_seconds / total if total else None
 
 
 class EvaluationStatus(Part):
@@ -130,6 +176,12 @@ class JobStatus(Part):
     """Newest attempt that was given up after a failure; what is left of it is killed and not asked to save."""
     worker_deaths: tuple[int, ...] = ()
     """For each node, how often its process ended and was replaced in this attempt."""
+    worker_lost: tuple[str, ...] = ()
+    """For each node, the identity of its process that ended last and was counted."""
+    excluded: tuple[ExcludedNode, ...] = ()
+    """Machines whose hardware failed under this job."""
+    suspended: bool = False
+    """Whether the nodes were released because the job asks for it; a new attempt follows."""
     coordinator_deaths: int = 0
     """How often the coordinator ended and was replaced."""
     restarts: dict[str, int] = {}
@@ -156,6 +208,8 @@ class JobStatus(Part):
     """Identity of that process group."""
     lost_steps: int = 0
     """Steps that had to be done again."""
+    goodput: Goodput = Goodput()
+    """Where the time went."""
     checkpoints: tuple[CheckpointStatus, ...] = ()
     """Every committed checkpoint, oldest first."""
     quarantined: tuple[str, ...] = ()
