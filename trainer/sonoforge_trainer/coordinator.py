@@ -10,6 +10,7 @@ out of it is parsed strictly and never unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import os
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = 16 * 1024
 """A request is a few dozen bytes."""
 
+_DIGEST = "sha256:"
 _CONNECTIONS = 32
 _READ_SECONDS = 10.0
 _SIGNAL_SECONDS = 0.5
@@ -103,11 +105,13 @@ class Door(ThreadingHTTPServer):
     def admits(self, header: str | None) -> bool:
         """Whether an Authorization header holds the token."""
         try:
-            token = read_token(self._token_file)
+            expected = read_token(self._token_file)
         except ContractError:
             return False
-        expected = f"Bearer {token}".encode()
-        return hmac.compare_digest((header or "").encode(errors="replace"), expected)
+        given = (header or "").removeprefix("Bearer ") if (header or "").startswith("Bearer ") else ""
+        if expected.startswith(_DIGEST):
+            given = _DIGEST + hashlib.sha256(given.encode(errors="replace")).hexdigest()
+        return hmac.compare_digest(given.encode(errors="replace"), expected.encode())
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """See base class. Closes connections beyond a limit instead of starting threads without one."""
@@ -200,7 +204,7 @@ class _Visitor(BaseHTTPRequestHandler):
 
 
 def read_token(path: Path) -> str:
-    """Read a token file. Raises ContractError where it is missing or holds too little."""
+    """Read a token file: the token, or `sha256:` and its hexadecimal digest, which is no secret. Raises ContractError where it is missing or holds too little."""
     try:
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -219,7 +223,7 @@ def read_token(path: Path) -> str:
     envvar="SONOFORGE_TOKEN_FILE",
     required=True,
     type=click.Path(path_type=Path),
-    help="File with the bearer token.",
+    help="File with the bearer token, or with sha256:DIGEST of it.",
 )
 @click.option(
     "--address-file",

@@ -1,0 +1,272 @@
+"""`sonoforge operator`: watch PretrainJobs and make true what they ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import kopf
+import structlog
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from sonoforge_operator.cluster.api_client import JOBS, Api
+from sonoforge_operator.cluster.coordinators import DEFAULT_URL, Coordinators
+from sonoforge_operator.cluster.freshness import Freshness
+from sonoforge_operator.cluster.handlers import Wiring, registry_of, settings
+from sonoforge_operator.cluster.jobs import Site
+from sonoforge_operator.cluster.leadership import RETRY_SECONDS, Leadership, LeadershipLostError
+from sonoforge_operator.cluster.logs import configure
+from sonoforge_operator.cluster.metrics import Metrics
+from sonoforge_operator.cluster.port import ClusterPort
+from sonoforge_operator.cluster.queue import Queue
+from sonoforge_operator.cluster.reconciler import Reconciler
+from sonoforge_operator.cluster.store import Store, key_of
+
+log = structlog.get_logger(__name__)
+
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_WORKERS = 8
+_COMPARE_SECONDS = 600.0
+_STUCK_SECONDS = 300.0
+_LOST = 70
+"""Exit code of a replica that lost the Lease: whatever it was about to do, it does not do any more."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the operator is started."""
+
+    namespaces: tuple[str, ...]
+    """Namespaces whose jobs it serves; empty for all."""
+    own_namespace: str
+    """Where its Lease is."""
+    kubeconfig: str | None
+    """File of the connection; None inside a cluster."""
+    image: str
+    """Image of the trainer where a runtime names none."""
+    key: bytes
+    """What the tokens for coordinators follow from."""
+    coordinator_url: str
+    """Where coordinators answer."""
+    host: str
+    port: int
+    """Where probes and metrics are served; port 0 for none."""
+    poll_seconds: float
+    """Time between two looks at the progress of a run."""
+    identity: str
+    """Name of this replica."""
+
+
+@click.command("operator", short_help="Watch PretrainJobs in a cluster.")
+@click.option("--namespace", "namespaces", multiple=True, metavar="NAME", help="Serve this namespace; may be repeated.")
+@click.option("--all-namespaces", is_flag=True, help="Serve every namespace (needs cluster-wide rights).")
+@click.option("--own-namespace", envvar="POD_NAMESPACE", help="Namespace of the Lease; default: the pod's.")
+@click.option("--kubeconfig", envvar="KUBECONFIG", help="Connection file; default: the pod's service account.")
+@click.option("--image", envvar="SONOFORGE_TRAINER_IMAGE", default="", help="Trainer image where a runtime names none.")
+@click.option(
+    "--key-file",
+    envvar="SONOFORGE_KEY_FILE",
+    type=click.Path(path_type=Path),
+    help="File with 16 secret bytes or more; tokens for coordinators follow from it. Default: drawn at every start.",
+)
+@click.option("--coordinator-url", default=DEFAULT_URL, show_default=True, help="Where coordinators answer.")
+@click.option("--host", default="0.0.0.0", show_default=True, help="Address of probes and metrics.")  # noqa: S104 - a pod's
+@click.option("--port", default=8080, show_default=True, help="Port of probes and metrics; 0 serves none.")
+@click.option("--poll-seconds", default=2.0, show_default=True, help="Time between two looks at a run's progress.")
+def command(
+    namespaces: tuple[str, ...],
+    all_namespaces: bool,
+    own_namespace: str | None,
+    kubeconfig: str | None,
+    image: str,
+    key_file: Path | None,
+    coordinator_url: str,
+    host: str,
+    port: int,
+    poll_seconds: float,
+) -> None:
+    """Serve the PretrainJobs of one or several namespaces, until SIGTERM. Only one replica acts at a time."""
+    if namespaces and all_namespaces:
+        raise click.UsageError("give --namespace or --all-namespaces, not both")
+    own = own_namespace or _pod_namespace()
+    configure()
+    options = Options(
+        namespaces=() if all_namespaces else namespaces or (own,),
+        own_namespace=own,
+        kubeconfig=kubeconfig,
+        image=image,
+        key=_key(key_file),
+        coordinator_url=coordinator_url,
+        host=host,
+        port=port,
+        poll_seconds=poll_seconds,
+        identity=f"{socket.gethostname()}-{secrets.token_hex(4)}",
+    )
+    if kubeconfig:
+        os.environ["KUBECONFIG"] = kubeconfig  # kopf connects by itself
+    try:
+        asyncio.run(serve(options))
+    except LeadershipLostError as error:
+        log.error("leadership-lost", message=str(error))  # noqa: TRY400 - the message says it all
+        os._exit(_LOST)
+
+
+async def serve(options: Options) -> None:
+    """Win the Lease, then watch and reconcile until SIGTERM. Raises LeadershipLostError."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    metrics, store = Metrics(), Store()
+    site = Site(default_image=options.image, operator_namespace=options.own_namespace)
+    async with (
+        await Api.connect(options.kubeconfig) as api,
+        Coordinators(options.key, options.coordinator_url) as coordinators,
+    ):
+        queue = Queue(clock=loop.time)
+        port = ClusterPort(api, store, coordinators)
+        reconciler = Reconciler(port, store, coordinators, site, metrics, poll_seconds=options.poll_seconds)
+        wiring = Wiring(store, queue, reconciler)
+        watched: tuple[str | None, ...] = options.namespaces or (None,)
+        freshness = Freshness(api, store, watched, metrics, wiring.wake, steady=time.monotonic)
+        leadership = Leadership(api, options.own_namespace, options.identity, clock=time.time, steady=time.monotonic)
+        state = _State(freshness, queue, metrics, api)
+        async with _probes(options, state):
+            if not await _first(told.wait(), leadership.win()):
+                return
+            metrics.leading.set(1)
+            try:
+                await _first(
+                    told.wait(),
+                    leadership.hold(),
+                    _work(options, state, reconciler, wiring),
+                )
+            finally:
+                metrics.leading.set(0)
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(leadership.release(), RETRY_SECONDS)
+
+
+@dataclass
+class _State:
+    """What probes and metrics look at."""
+
+    freshness: Freshness
+    queue: Queue
+    metrics: Metrics
+    api: Api
+    started: bool = False
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the watches are fresh and passes are made. A replica that waits for the Lease is."""
+        return not self.started or (self.freshness.fresh and self.queue.oldest < _STUCK_SECONDS)
+
+
+async def _work(options: Options, state: _State, reconciler: Reconciler, wiring: Wiring) -> None:
+    """Learn what is there, then watch and make passes until cancelled."""
+    freshness, store = state.freshness, wiring.store
+    began = time.monotonic()
+    await freshness.fill()
+    for job in store.all(JOBS.name):
+        wiring.wake(JOBS, key_of(job))
+    freshness.beat()
+    state.started = True
+    log.info("ready", jobs=sum(1 for _ in store.all(JOBS.name)), seconds=round(time.monotonic() - began, 2))
+    registry = registry_of(wiring, lambda: freshness, options.own_namespace)
+    namespaces = {*options.namespaces, options.own_namespace} if options.namespaces else ()
+    watching = kopf.operator(
+        registry=registry,
+        settings=settings(),
+        standalone=True,
+        clusterwide=not options.namespaces,
+        namespaces=namespaces,
+    )
+    passes = [state.queue.work(reconciler.reconcile) for _ in range(_WORKERS)]
+    await _first(watching, freshness.keep(_COMPARE_SECONDS), *passes)
+    raise RuntimeError("the watches ended by themselves")
+
+
+async def _first(*coroutines: Coroutine[Any, Any, object]) -> bool:
+    """Run until one ends, then end the others. Whether it was not the first that ended. Raises what that one raised."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        return tasks[0] not in done
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def _probes(options: Options, state: _State) -> AsyncIterator[None]:
+    """Serve /healthz, /readyz and /metrics."""
+    if not options.port:
+        yield
+        return
+
+    async def health(_: web.Request) -> web.Response:
+        return web.json_response(
+            {"watchAgeSeconds": round(state.freshness.age, 1), "queueOldestSeconds": round(state.queue.oldest, 1)},
+            status=200 if state.healthy else 503,
+        )
+
+    async def ready(_: web.Request) -> web.Response:
+        return web.json_response({"leading": state.started}, status=200 if state.started else 503)
+
+    async def metrics(_: web.Request) -> web.Response:
+        shown = state.metrics
+        shown.queue_depth.set(state.queue.depth)
+        shown.queue_seconds.set(state.queue.oldest)
+        shown.watch_age.set(state.freshness.age)
+        shown.api_writes.set(state.api.writes)
+        return web.Response(body=generate_latest(shown.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app = web.Application()
+    app.add_routes([web.get("/healthz", health), web.get("/readyz", ready), web.get("/metrics", metrics)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, options.host, options.port).start()
+        yield
+    finally:
+        await runner.cleanup()
+
+
+def _pod_namespace() -> str:
+    try:
+        return _NAMESPACE_FILE.read_text().strip() or "default"
+    except OSError:
+        return "default"
+
+
+def _key(file: Path | None) -> bytes:
+    if file is None:
+        log.warning("no-key-file", message="a restart of the operator then needs a minute to be let in by coordinators")
+        return secrets.token_bytes(32)
+    try:
+        key = file.read_bytes().strip()
+    except OSError as error:
+        raise click.ClickException(f"--key-file {file}: cannot be read ({error.strerror})") from None
+    if len(key) < 16:
+        raise click.ClickException(f"--key-file {file}: holds {len(key)} bytes. Allowed: 16 or more")
+    return key
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,83 @@
+"""Visits to the coordinators of jobs: what a run says, and what is asked of it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+
+from sonoforge_operator.cluster.names import Names
+from sonoforge_trainer.contract import ContractError, Progress, Request
+
+DEFAULT_URL = "http://{service}.{namespace}.svc:8080"
+"""Where the coordinator of a job answers, by the name of its Service."""
+
+_SECONDS = 3.0
+_MOST_BYTES = 4 * 2**20
+
+
+def token_of(key: bytes, uid: str) -> str:
+    """The bearer token for the coordinator of a job. It follows from the operator's key and is kept nowhere."""
+    return hmac.new(key, f"coordinator {uid}".encode(), hashlib.sha256).hexdigest()
+
+
+def token_digest(token: str) -> str:
+    """What the coordinator is given to compare a token with."""
+    return f"sha256:{hashlib.sha256(token.encode()).hexdigest()}"
+
+
+class Coordinators:
+    """A visitor with the operator's key."""
+
+    def __init__(self, key: bytes, url: str = DEFAULT_URL) -> None:
+        self._key, self._url = key, url
+        # A coordinator is inside the cluster: a proxy of the environment must neither be asked nor see the token.
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=_SECONDS),
+            connector=aiohttp.TCPConnector(limit=64, force_close=True),
+            trust_env=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    def digest(self, uid: str) -> str:
+        """What the coordinator of a job compares tokens with."""
+        return token_digest(token_of(self._key, uid))
+
+    async def progress(self, names: Names) -> Progress | None:
+        """What a run says; None where nobody answers in time or the answer makes no sense."""
+        body = await self._visit(names, "/progress")
+        if body is None:
+            return None
+        try:
+            return Progress.from_json(body, show_values=False)
+        except ContractError:
+            return None
+
+    async def ask(self, names: Names, request: Request) -> bool:
+        """Ask something of a run. Whether it was heard; if not, ask again: the same request counts once."""
+        return await self._visit(names, "/request", request.to_json().encode()) is not None
+
+    async def _visit(self, names: Names, path: str, body: bytes | None = None) -> bytes | None:
+        url = self._url.format(service=names.coordinator, namespace=names.key.namespace, job=names.key.name) + path
+        headers = {"Authorization": f"Bearer {token_of(self._key, names.uid)}", "Content-Type": "application/json"}
+        try:
+            method = "POST" if body is not None else "GET"
+            async with self._session.request(method, url, data=body, headers=headers, allow_redirects=False) as answer:
+                if answer.status not in (200, 202):
+                    return None
+                found = await answer.content.read(_MOST_BYTES + 1)
+                while not answer.content.at_eof() and len(found) <= _MOST_BYTES:
+                    found += await answer.content.read(_MOST_BYTES + 1 - len(found))
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
+            return None
+        return found if len(found) <= _MOST_BYTES else None

@@ -1,0 +1,117 @@
+"""Whether the watches still tell the truth, and what repairs the operator's memory where they do not.
+
+Two proofs: the operator's own Lease, which it renews every few seconds, has to come back through a watch; and now and
+then everything is listed and compared with what the watches told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from sonoforge_operator.cluster.api_client import CHILDREN, OWN, STANDING, Api, ApiError, Kind, NotFoundError
+from sonoforge_operator.cluster.metrics import Metrics
+from sonoforge_operator.cluster.names import SELECTOR, Key
+from sonoforge_operator.cluster.store import Store, key_of
+
+log = structlog.get_logger(__name__)
+
+STALE_SECONDS = 180.0
+"""Without a heartbeat through the watch for so long, the operator is not healthy."""
+_GRACE_SECONDS = 10.0
+
+
+def selector_of(kind: Kind) -> str:
+    """Label selector of what is listed and watched of a kind."""
+    return "" if kind in OWN[:3] else SELECTOR
+
+
+class Freshness:
+    """`steady` gives seconds that never jump; `changed` is told the kind and the object of what a watch missed."""
+
+    def __init__(
+        self,
+        api: Api,
+        store: Store,
+        namespaces: tuple[str | None, ...],
+        metrics: Metrics,
+        changed: Callable[[Kind, Key], None],
+        *,
+        steady: Callable[[], float],
+    ) -> None:
+        self._api, self._store, self._namespaces = api, store, namespaces
+        self._metrics, self._changed, self._steady = metrics, changed, steady
+        self._beat = steady()
+
+    def beat(self) -> None:
+        """A watch brought the heartbeat."""
+        self._beat = self._steady()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the newest heartbeat."""
+        return self._steady() - self._beat
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the watches are believed."""
+        return self.age < STALE_SECONDS
+
+    async def fill(self) -> None:
+        """List everything once, before the first pass: what is not known yet must not look like what is not there."""
+        for kind in (*OWN, *CHILDREN, *STANDING):
+            for namespace in self._namespaces:
+                found = self._api.list(kind, namespace, selector=selector_of(kind), metadata_only=kind in STANDING)
+                async for manifest in found:
+                    self._store.put(kind.name, manifest)
+
+    async def compare(self, kind: Kind) -> int:
+        """Compare what is known of a kind with what is there, and repair it. Returns the changes that were missed."""
+        behind = await self._behind(kind)
+        if behind and kind not in STANDING:
+            await asyncio.sleep(_GRACE_SECONDS)  # a watch is allowed to be a little late
+            behind = {place: known for place, known in (await self._behind(kind)).items() if behind.get(place) == known}
+        for namespace, name in behind:
+            try:
+                self._store.put(kind.name, await self._api.get(kind, namespace, name))
+            except NotFoundError:
+                found = self._store.get(kind.name, namespace, name)
+                if found is not None:
+                    self._store.remove(kind.name, found)
+            self._changed(kind, Key(namespace, name))
+        if behind and kind not in STANDING:
+            self._metrics.missed_changes.labels(kind.name).inc(len(behind))
+            log.warning("watch-missed-changes", kind=kind.name, count=len(behind))
+        return len(behind)
+
+    async def _behind(self, kind: Kind) -> dict[tuple[str, str], str | None]:
+        """Where the memory is behind the server, with the version that is remembered (None: nothing)."""
+        listed: dict[tuple[str, str], str] = {}
+        for namespace in self._namespaces:
+            async for manifest in self._api.list(kind, namespace, selector=selector_of(kind), metadata_only=True):
+                key = key_of(manifest)
+                listed[key.namespace, key.name] = str(manifest["metadata"].get("resourceVersion"))
+        known = self._store.versions(kind.name)
+        found: dict[tuple[str, str], str | None] = {
+            place: known.get(place) for place, version in listed.items() if _older(known.get(place), version)
+        }
+        return found | {place: version for place, version in known.items() if place not in listed}
+
+    async def keep(self, seconds: float) -> None:
+        """Compare everything every so many seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(seconds)
+            for kind in (*OWN, *CHILDREN, *STANDING):
+                try:
+                    await self.compare(kind)
+                except ApiError as error:
+                    log.warning("comparison-failed", kind=kind.name, status=error.status)
+
+
+def _older(known: str | None, listed: str) -> bool:
+    if known is None:
+        return True
+    both = known.isdigit() and listed.isdigit()
+    return int(known) < int(listed) if both else known != listed
