@@ -98,12 +98,12 @@ class Api:
         """Requests that change something, since the start."""
 
     @classmethod
-    async def connect(cls, kubeconfig: str | None = None) -> Self:
+    async def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> Self:
         """Connect with a kubeconfig file, or with the service account of the pod where none is given."""
         configuration = Configuration()
         if kubeconfig:
             await kube_config.load_kube_config(  # type: ignore[no-untyped-call]
-                config_file=kubeconfig, client_configuration=configuration
+                config_file=kubeconfig, context=context, client_configuration=configuration
             )
         else:
             kube_config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
@@ -139,6 +139,13 @@ class Api:
             if not following:
                 return
             query = {**query, "continue": following}
+
+    async def logs(self, namespace: str, pod: str, *, tail: int) -> str:
+        """The last lines that the container of a pod wrote."""
+        path = PODS.path(namespace, pod, "log")
+        return (await self._exchange("GET", path, {"tailLines": str(tail)}, None, "application/json", "*/*")).decode(
+            errors="replace"
+        )
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -224,21 +231,30 @@ class Api:
         content: str = "application/json",
         accept: str = "application/json",
     ) -> Manifest:
+        return _document(await self._exchange(method, path, query or {}, body, content, accept))
+
+    async def _exchange(
+        self, method: str, path: str, query: Mapping[str, str], body: object, content: str, accept: str
+    ) -> bytes:
         if method != "GET":
             self.writes += 1
         headers = {"Accept": accept, "Content-Type": content}
         parameters = await self._client.param_serialize(
-            method, path, query_params=list((query or {}).items()), header_params=headers, body=body,
+            method,
+            path,
+            query_params=list(query.items()),
+            header_params=headers,
+            body=body,
             auth_settings=["BearerToken"],
-        )  # fmt: skip
+        )
         try:
             answer = await self._client.call_api(*parameters, _request_timeout=self._timeout)
-            data = await answer.read()  # type: ignore[no-untyped-call]
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            data: bytes = await answer.read()  # type: ignore[no-untyped-call]
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ApiError(0, "Unreachable", f"the API server does not answer ({type(error).__name__})") from None
-        document = _document(data)
         if answer.status < 400:
-            return document
+            return data
+        document = _document(data)
         reason, message = str(document.get("reason", "")), str(document.get("message", ""))[:500]
         kind = {404: NotFoundError, 409: ConflictError}.get(answer.status, ApiError)
         raise kind(answer.status, reason or str(answer.reason), message, _seconds(answer.headers.get("Retry-After")))
