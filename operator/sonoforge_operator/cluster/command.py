@@ -79,7 +79,7 @@ class Options:
     "--key-file",
     envvar="SONOFORGE_KEY_FILE",
     type=click.Path(path_type=Path),
-    help="File with 16 secret bytes or more; tokens for coordinators follow from it. Default: drawn at every start.",
+    help="File with 16 secret bytes or more; tokens for coordinators follow from it. Without it a key is drawn.",
 )
 @click.option("--coordinator-url", default=DEFAULT_URL, show_default=True, help="Where coordinators answer.")
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address of probes and metrics.")  # noqa: S104 - a pod's
@@ -138,7 +138,7 @@ async def serve(options: Options) -> None:
         queue = Queue(clock=loop.time)
         port = ClusterPort(api, store, coordinators)
         reconciler = Reconciler(port, store, coordinators, site, metrics, poll_seconds=options.poll_seconds)
-        wiring = Wiring(store, queue, reconciler)
+        wiring = Wiring(store, queue, reconciler, options.namespaces)
         watched: tuple[str | None, ...] = options.namespaces or (None,)
         freshness = Freshness(api, store, watched, metrics, wiring.wake, steady=time.monotonic)
         leadership = Leadership(api, options.own_namespace, options.identity, clock=time.time, steady=time.monotonic)
@@ -256,7 +256,7 @@ def _pod_namespace() -> str:
 
 
 def _key(file: Path | None) -> bytes:
-    if file is None:
+    if file is None or not file.exists():
         log.warning("no-key-file", message="a restart of the operator then needs a minute to be let in by coordinators")
         return secrets.token_bytes(32)
     try:

@@ -27,15 +27,20 @@ _REQUEST_SECONDS = 30.0
 
 
 class Wiring:
-    """Takes what watches bring, and wakes jobs."""
+    """Takes what watches bring, and wakes jobs. `namespaces` are those that are served; empty for all.
 
-    def __init__(self, store: Store, queue: Queue, reconciler: Reconciler) -> None:
+    kopf watches the operator's own namespace besides, for its Lease; what is there otherwise is left alone.
+    """
+
+    def __init__(self, store: Store, queue: Queue, reconciler: Reconciler, namespaces: tuple[str, ...] = ()) -> None:
         self.store = store
         """What is known."""
-        self._queue, self._reconciler = queue, reconciler
+        self._queue, self._reconciler, self._namespaces = queue, reconciler, namespaces
 
     def take(self, kind: Kind, event_type: str | None, manifest: Mapping[str, Any]) -> None:
         """Take over an event of a watch."""
+        if self._namespaces and key_of(manifest).namespace not in self._namespaces:
+            return
         before = self.store.get(kind.name, key_of(manifest).namespace, key_of(manifest).name)
         if event_type == "DELETED":
             self.store.remove(kind.name, manifest)

@@ -1,0 +1,150 @@
+"""What a cluster needs for the operator to run: the Deployment, its rights, and nothing more. `make generate` writes it.
+
+Rights are the smallest set that works: no Secrets, no exec into pods, nothing of nodes, nothing outside the namespaces
+that it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+from sonoforge_operator.api import GROUP
+
+Manifest = dict[str, Any]
+
+NAME = "sonoforge-operator"
+"""Name of everything the installation makes."""
+LABELS = {"app.kubernetes.io/name": NAME, "app.kubernetes.io/part-of": "sonoforge"}
+_KEY_FOLDER = "/etc/sonoforge/key"
+_USER = 65532
+_PORT = 8080
+_READ = ["get", "list", "watch"]
+_MANAGE = [*_READ, "create", "patch", "delete"]
+_KEEP = ["get", "list", "create", "patch"]
+
+RULES: list[Manifest] = [
+    {"apiGroups": [GROUP], "resources": ["pretrainjobs"], "verbs": [*_READ, "delete"]},
+    {"apiGroups": [GROUP], "resources": ["pretrainjobs/status", "checkpoints/status"], "verbs": ["patch"]},
+    {"apiGroups": [GROUP], "resources": ["pretrainruntimes", "evalsuites"], "verbs": _READ},
+    {"apiGroups": [GROUP], "resources": ["checkpoints"], "verbs": [*_READ, "create", "patch"]},
+    {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": _MANAGE},
+    {"apiGroups": ["apps"], "resources": ["deployments"], "verbs": _MANAGE},
+    {"apiGroups": [""], "resources": ["pods"], "verbs": [*_READ, "delete"]},
+    {"apiGroups": [""], "resources": ["configmaps", "services", "serviceaccounts"], "verbs": _KEEP},
+    {"apiGroups": ["networking.k8s.io"], "resources": ["networkpolicies"], "verbs": _KEEP},
+    {"apiGroups": [""], "resources": ["events"], "verbs": ["get", "create", "patch"]},
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": [*_READ, "create", "update"]},
+]
+"""Rights of the operator in a namespace that it serves, and in its own."""
+
+
+def install(*, cluster_wide: bool) -> Iterator[Manifest]:
+    """The objects of an installation, for the namespace that they are applied to or for the whole cluster.
+
+    A cluster-wide one lives in a namespace of its own, because its binding has to name it.
+    """
+    namespace = {"namespace": "sonoforge-system"} if cluster_wide else {}
+    if cluster_wide:
+        labels = {**LABELS, "pod-security.kubernetes.io/enforce": "restricted"}
+        yield {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "sonoforge-system", "labels": labels}}
+    yield _object("v1", "ServiceAccount", namespace, automountServiceAccountToken=False)
+    kind = "ClusterRole" if cluster_wide else "Role"
+    yield _object("rbac.authorization.k8s.io/v1", kind, {}, rules=RULES)
+    yield _object(
+        "rbac.authorization.k8s.io/v1",
+        f"{kind}Binding",
+        {},
+        roleRef={"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": NAME},
+        subjects=[{"kind": "ServiceAccount", "name": NAME, **namespace}],
+    )
+    yield _object("networking.k8s.io/v1", "NetworkPolicy", namespace, spec=_network())
+    yield _object("apps/v1", "Deployment", namespace, spec=_deployment(cluster_wide=cluster_wide))
+
+
+def _object(api_version: str, kind: str, metadata: Manifest, **content: Any) -> Manifest:
+    return {
+        "apiVersion": api_version,
+        "kind": kind,
+        "metadata": {"name": NAME, **metadata, "labels": LABELS},
+        **content,
+    }
+
+
+def _network() -> Manifest:
+    """Metrics and probes come in; the API server, coordinators and DNS are called."""
+    return {
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": NAME}},
+        "policyTypes": ["Ingress", "Egress"],
+        "ingress": [{"ports": [{"protocol": "TCP", "port": _PORT}]}],
+        "egress": [
+            {"ports": [{"protocol": "TCP", "port": port} for port in (443, 6443)]},
+            {"ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]},
+            {
+                "to": [
+                    {
+                        "namespaceSelector": {},
+                        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "sonoforge-coordinator"}},
+                    }
+                ],
+                "ports": [{"protocol": "TCP", "port": 8080}],
+            },
+        ],
+    }
+
+
+def _deployment(*, cluster_wide: bool) -> Manifest:
+    release = version("sonoforge")
+    probe = {"periodSeconds": 10, "timeoutSeconds": 5}
+    container: Manifest = {
+        "name": "operator",
+        "image": f"sonoforge/operator:{release}",
+        "args": [
+            "operator",
+            "--all-namespaces" if cluster_wide else "--namespace=$(POD_NAMESPACE)",
+            f"--key-file={_KEY_FOLDER}/key",
+            f"--image=sonoforge/trainer:{release}",
+        ],
+        "env": [{"name": "POD_NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}}],
+        "ports": [{"name": "http", "containerPort": _PORT}],
+        "livenessProbe": {"httpGet": {"path": "/healthz", "port": "http"}, **probe, "initialDelaySeconds": 30},
+        "readinessProbe": {"httpGet": {"path": "/readyz", "port": "http"}, **probe},
+        "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
+        "volumeMounts": [
+            {"name": "key", "mountPath": _KEY_FOLDER, "readOnly": True},
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - inside the container
+        ],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+    }
+    return {
+        "replicas": 1,
+        "strategy": {"type": "Recreate"},
+        "selector": {"matchLabels": {"app.kubernetes.io/name": NAME}},
+        "template": {
+            "metadata": {"labels": LABELS},
+            "spec": {
+                "serviceAccountName": NAME,
+                "automountServiceAccountToken": True,
+                "enableServiceLinks": False,
+                "terminationGracePeriodSeconds": 15,
+                "securityContext": {
+                    "runAsNonRoot": True,
+                    "runAsUser": _USER,
+                    "runAsGroup": _USER,
+                    "fsGroup": _USER,
+                    "seccompProfile": {"type": "RuntimeDefault"},
+                },
+                "containers": [container],
+                "volumes": [
+                    # Without it the operator draws a key, and needs a minute at every start to be let in again.
+                    {"name": "key", "secret": {"secretName": NAME, "optional": True, "defaultMode": 0o440}},
+                    {"name": "tmp", "emptyDir": {}},
+                ],
+            },
+        },
+    }
