@@ -1,4 +1,4 @@
-"""What a cluster needs for the operator to run: the Deployment, its rights, and nothing more. `make generate` writes it.
+"""What a cluster needs for the operator to run: the Deployment, its rights, nothing more. `make generate` writes it.
 
 Rights are the smallest set that works: no Secrets, no exec into pods, nothing of nodes, nothing outside the namespaces
 that it serves.

@@ -8,8 +8,8 @@ from typing import Literal
 from sonoforge_operator.api import Workers
 from sonoforge_trainer.contract import CheckpointRef, Evaluation, EvaluationRequest, Part, Progress, Score
 
-Phase = Literal["Pending", "Queued", "Running", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
-EvaluationPhase = Literal["Pending", "Running", "Succeeded", "Failed"]
+Phase = Literal["Invalid", "Pending", "Queued", "Running", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
+EvaluationPhase = Literal["Invalid", "Pending", "Running", "Succeeded", "Failed"]
 RestartCause = Literal[
     "infrastructure",
     "hardware",

@@ -324,6 +324,8 @@ def test_every_condition_is_always_present():
         world.turn()
         assert [c.type for c in world.status.conditions] == [
             "Accepted",
+            "Queued",
+            "Scheduled",
             "Rendezvoused",
             "Training",
             "Stalled",

@@ -1,5 +1,6 @@
 """The coordinator's HTTP door and rank 0's client, as real processes."""
 
+import hashlib
 import json
 import signal
 import socket
@@ -55,6 +56,16 @@ def test_sigterm_ends_the_coordinator_and_its_successor_takes_the_same_ports(mac
     machines.start_coordinator()
     assert machines.store == store
     assert machines.ask("/healthz", token=None)[0] == 200
+
+
+def test_a_digest_of_the_token_is_enough_and_lets_nobody_in_by_itself(machines):
+    """What a cluster's objects hold of a token is no secret: the file is read again at every visit."""
+    token = "another-token-of-the-tests"
+    digest = f"sha256:{hashlib.sha256(token.encode()).hexdigest()}"
+    (machines.folder / "token").write_text(digest)
+    assert machines.ask("/progress", token=token)[0] == 200
+    for wrong in (digest, f"{token}x", digest.removeprefix("sha256:")):
+        assert machines.ask("/progress", token=wrong)[0] == 401, wrong
 
 
 def test_a_coordinator_without_a_proper_token_does_not_start(machines, tmp_path):

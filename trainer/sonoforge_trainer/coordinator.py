@@ -204,7 +204,10 @@ class _Visitor(BaseHTTPRequestHandler):
 
 
 def read_token(path: Path) -> str:
-    """Read a token file: the token, or `sha256:` and its hexadecimal digest, which is no secret. Raises ContractError where it is missing or holds too little."""
+    """Read a token file: the token, or `sha256:` and its hexadecimal digest, which is no secret.
+
+    Raises ContractError where it is missing or holds too little.
+    """
     try:
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 import torch
 
-from sonoforge_trainer.contract import Activity, CheckpointRef, Progress, RunConfig
+from sonoforge_trainer.contract import Activity, CheckpointRef, Progress, RunConfig, ShardManifest
 from sonoforge_trainer.coordinator_client import ProgressPublisher
 from sonoforge_trainer.flops import training_flops
 from sonoforge_trainer.metrics import CommittedLog, Gpu, Means, StepClock, TensorBoard, peak_flops
@@ -43,9 +43,14 @@ class Journal:
     """The journal of one process. Rank 0 alone writes metrics and publishes progress; every rank logs its samples."""
 
     def __init__(
-        self, config: RunConfig, ranks: Ranks, attempt: str, data_digest: str, publisher: ProgressPublisher | None
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        attempt: str,
+        manifest: ShardManifest,
+        publisher: ProgressPublisher | None,
     ) -> None:
-        self._config, self._ranks, self._attempt, self._data_digest = config, ranks, attempt, data_digest
+        self._config, self._ranks, self._attempt, self._manifest = config, ranks, attempt, manifest
         self._config_digest = config.training.digest()
         self._publisher = publisher
         self._facts = _Facts()
@@ -166,7 +171,8 @@ class Journal:
                 corrupt_samples=facts.corrupt_samples,
                 median_step_seconds=clock.median_seconds,
                 restored_step=facts.restored_step,
-                data_digest=self._data_digest,
+                data_digest=self._manifest.dataset_digest,
+                dataset_samples=self._manifest.samples,
                 config_digest=self._config_digest,
                 checkpoints=tuple(facts.checkpoints),
                 checkpoint_stall_seconds=facts.stall_seconds,

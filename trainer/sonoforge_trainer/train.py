@@ -139,7 +139,7 @@ class Run:
         endpoint = os.environ.get(ENV_STORE) if ranks.rank == 0 else None
         publisher = exits.enter_context(ProgressPublisher(endpoint)) if endpoint else None
         self._wishes = Wishes(publisher)
-        self._journal = Journal(config, ranks, attempt, self._manifest.dataset_digest, publisher)
+        self._journal = Journal(config, ranks, attempt, self._manifest, publisher)
         self._journal.publish(Activity.STARTING, self.step)
 
         self._state = TrainState(self.training, ranks.device)

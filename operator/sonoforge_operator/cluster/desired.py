@@ -21,6 +21,7 @@ from sonoforge_operator.cluster.network import policies
 from sonoforge_operator.cluster.pods import CONFIG_FOLDER, REQUEST_FILE, Manifest, PodPlan, pod_template
 from sonoforge_operator.limits import queue_of
 from sonoforge_operator.observed import Child
+from sonoforge_operator.resources import CheckpointSpec
 from sonoforge_trainer.contract import CheckpointRef, canonical_json
 
 STORE_PORT, HTTP_PORT = 29400, 8080
@@ -273,13 +274,7 @@ def checkpoint_object(job: ClusterJob, ref: CheckpointRef) -> Manifest:
     return with_digest(
         {
             **manifest,
-            "spec": {
-                "job": names.key.name,
-                "jobUid": names.uid,
-                "id": ref.id,
-                **ref.document(),
-                "teacherUri": f"{ref.uri}/teacher.safetensors",
-            },
+            "spec": CheckpointSpec.of(ref, job=names.key.name, job_uid=names.uid).document(),
         }
     )
 

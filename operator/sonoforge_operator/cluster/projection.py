@@ -17,15 +17,15 @@ from sonoforge_operator.resources import (
     CheckpointCounts,
     CheckpointObjectStatus,
     DatasetStatus,
-    GoodputStatus,
+    Goodput,
     Health,
     KubeCondition,
     LastCheckpoint,
-    Nodes,
+    NodeCounts,
     PretrainJobStatus,
 )
 from sonoforge_operator.status import CheckpointStatus, Condition, JobStatus
-from sonoforge_trainer.contract import split_score
+from sonoforge_trainer.contract import Progress, split_score
 
 Document = dict[str, Any]
 
@@ -55,7 +55,7 @@ def job_document(
         reason=head[0],
         message=head[1],
         conditions=tuple(_condition(c, generation) for c in status.conditions),
-        nodes=Nodes(ready=ready, max=wanted),
+        nodes=NodeCounts(ready=ready, max=wanted),
         nodes_text=f"{ready}/{wanted}",
         selector=f"{LABEL_UID}={names.uid},{LABEL_PART}=worker",
         step=step,
@@ -84,11 +84,11 @@ def job_document(
         restarts=dict(status.restarts),
         restarts_total=sum(status.restarts.values()),
         lost_steps=status.lost_steps,
-        goodput=GoodputStatus(
+        goodput=Goodput(
             productive_seconds=round(status.goodput.productive_seconds, 1),
             lost_seconds={cause: round(seconds, 1) for cause, seconds in status.goodput.lost_seconds.items()},
         ),
-        dataset=DatasetStatus(digest=progress.data_digest if progress else ""),
+        dataset=_dataset(progress),
         health=Health(
             loss_finite=progress.loss_finite if progress else True,
             teacher_entropy=progress.teacher_entropy if progress else None,
@@ -97,7 +97,7 @@ def job_document(
         ),
         checkpoints=CheckpointCounts(
             total=len(status.checkpoints),
-            evaluated=sum(c.evaluated for c in status.checkpoints),
+            evaluated=sum(all(e.phase == "Succeeded" for e in c.evaluations) for c in status.checkpoints),
             failed=sum(any(e.phase == "Failed" for e in c.evaluations) for c in status.checkpoints),
         ),
         start_time=rfc3339(status.started),
@@ -172,6 +172,13 @@ def _as_rfc3339(text: str) -> str:
         return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     except ValueError:
         return ""
+
+
+def _dataset(progress: Progress | None) -> DatasetStatus:
+    if progress is None:
+        return DatasetStatus()
+    size = progress.dataset_samples
+    return DatasetStatus(manifest_digest=progress.data_digest, epoch=round(progress.samples / size, 3) if size else 0.0)
 
 
 def _headline(status: JobStatus) -> tuple[str, str]:

@@ -73,6 +73,8 @@ class Progress(Part):
     """Step of the checkpoint that this attempt started from; None for a fresh start."""
     data_digest: str = ""
     """Data set in use."""
+    dataset_samples: int = 0
+    """Images of the data set."""
     config_digest: str = ""
     """TrainConfig in use."""
     checkpoints: tuple[CheckpointRef, ...] = ()

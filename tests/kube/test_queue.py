@@ -1,0 +1,135 @@
+"""The queue of keys: one pass of a key at a time, wishes become one, failures wait longer and hold nobody up."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+from sonoforge_operator.cluster.names import Key
+from sonoforge_operator.cluster.queue import Queue, back_off
+
+A, B = Key("n", "a"), Key("n", "b")
+
+
+def run(scenario):
+    async def timed():
+        async with asyncio.timeout(20):
+            return await scenario()
+
+    return asyncio.run(timed())
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def queue() -> Queue:
+    return Queue(clock=asyncio.get_running_loop().time, draw=lambda: 0.5)
+
+
+async def worked(q, handle, workers=3):
+    return [asyncio.create_task(q.work(handle)) for _ in range(workers)]
+
+
+def test_never_two_passes_of_a_key_at_once_and_wishes_become_one():
+    async def scenario():
+        q, running, seen, gate = queue(), set(), [], asyncio.Event()
+
+        async def handle(key):
+            assert key not in running
+            running.add(key)
+            seen.append(key)
+            await gate.wait()
+            running.discard(key)
+
+        tasks = await worked(q, handle)
+        q.wake(A)
+        await until(lambda: seen == [A])
+        for _ in range(10):
+            q.wake(A)  # while it runs
+        q.wake(B)
+        await until(lambda: B in seen)
+        gate.set()
+        await until(lambda: len(seen) == 3)
+        await asyncio.sleep(0.3)
+        assert sorted(map(str, seen)) == ["n/a", "n/a", "n/b"]
+        for task in tasks:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_a_poisoned_key_waits_longer_and_longer_and_delays_no_other():
+    async def scenario():
+        q, failures, passes = queue(), [], []
+        loop = asyncio.get_running_loop()
+
+        async def handle(key):
+            if key == A:
+                failures.append(loop.time())
+                raise ValueError("poison")
+            passes.append(loop.time())
+            return 0.0
+
+        tasks = await worked(q, handle, workers=1)
+        q.wake(A)
+        q.wake(B)
+        await until(lambda: len(failures) == 3)
+        assert failures[2] - failures[1] > 1.5 * (failures[1] - failures[0])
+        assert len(passes) > 5
+        assert max(later - earlier for earlier, later in itertools.pairwise(passes)) < 0.5
+        for task in tasks:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_an_earlier_wish_replaces_a_later_one_and_a_later_one_does_not():
+    async def scenario():
+        q, seen = queue(), []
+
+        async def handle(key):
+            seen.append(key)
+
+        q.wake(A, 60)
+        q.wake(A, 0.05)
+        q.wake(A, 30)
+        tasks = await worked(q, handle)
+        await until(lambda: seen == [A])
+        assert q.depth == 0
+        for task in tasks:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_what_the_server_asks_to_wait_is_waited():
+    async def scenario():
+        q, seen = queue(), []
+        loop = asyncio.get_running_loop()
+
+        class BusyError(Exception):
+            retry_after = 1.0
+
+        async def handle(key):
+            seen.append(loop.time())
+            if len(seen) == 1:
+                raise BusyError
+
+        tasks = await worked(q, handle)
+        q.wake(A)
+        await until(lambda: len(seen) == 2)
+        assert seen[1] - seen[0] >= 1.0
+        for task in tasks:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_the_wait_after_failures_grows_to_a_minute_and_no_further():
+    waits = [back_off(n, 1.0) for n in range(1, 60)]
+    assert waits[:3] == [0.5, 1.0, 2.0]
+    assert waits == sorted(waits)
+    assert waits[-1] == 60.0
+    assert back_off(1, 0.0) == 0.25
