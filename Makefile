@@ -29,6 +29,10 @@ check: $(VENV)/ready ## Format, lint, types and import rules, without tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+.PHONY: generate
+generate: $(VENV)/ready ## Write the CRDs, the chart's copies and docs/api.md again from the Python types
+	$(BIN)/python -m sonoforge_operator.crd
+
 .PHONY: format
 format: $(VENV)/ready ## Rewrite the code in the project's format
 	$(BIN)/ruff format .

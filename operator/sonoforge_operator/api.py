@@ -52,14 +52,14 @@ _AMOUNT = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?"
 _INT_OR_STRING: dict[str, Any] = {"x-kubernetes-int-or-string": True}
 Quantity = Annotated[
     str,
-    BeforeValidator(_number_as_text),
     Field(pattern=f"^{_AMOUNT}$", max_length=32, json_schema_extra=_INT_OR_STRING),
+    BeforeValidator(_number_as_text),
 ]
 """An amount of a resource as Kubernetes writes it: 500m, 8, 32Gi."""
 OptionalQuantity = Annotated[
     str,
-    BeforeValidator(_number_as_text),
     Field(pattern=f"^({_AMOUNT})?$", max_length=32, json_schema_extra=_INT_OR_STRING),
+    BeforeValidator(_number_as_text),
 ]
 Cidr = Annotated[str, AfterValidator(_a_network), Field(max_length=64, json_schema_extra={"format": "cidr"})]
 Port = Annotated[int, Field(ge=1, le=65_535)]

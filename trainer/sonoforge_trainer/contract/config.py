@@ -337,13 +337,13 @@ class ExecutionConfig(Part):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast type of the backbone and the heads; auto is bf16 on CUDA and fp32 on CPU."""
     compile: bool | None = None
-    """torch.compile each block; None compiles on CUDA only."""
+    """torch.compile each block. Not given: on CUDA only."""
     loader_workers: NonNegativeInt | None = None
-    """Decode workers of a process; None is the CPUs of the process, less one. 0 decodes in the training process."""
+    """Decode workers of a process. Not given: its CPUs, less one. 0 decodes in the training process."""
     prefetch_batches: PositiveInt = 4
     """Micro-batches each worker keeps ready."""
     cache_dir: str | None = None
-    """Folder for verified shards; None is a private temporary folder."""
+    """Folder for verified shards. Not given: a private temporary folder."""
     cache_bytes: PositiveInt = 8 * 2**30
     """Size limit of the shard cache."""
     log_every_steps: PositiveInt = 10
@@ -351,7 +351,7 @@ class ExecutionConfig(Part):
     record_samples: bool = False
     """Keep the keyed hash of every sample used, by step and virtual rank, in the checkpoints."""
     tensorboard_dir: str | None = None
-    """Folder for TensorBoard event files; None writes none."""
+    """Folder for TensorBoard event files. Not given: none are written."""
     collective_timeout_seconds: PositiveInt = 300
     """A collective that takes longer counts as failed."""
 

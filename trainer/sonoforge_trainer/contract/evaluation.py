@@ -25,7 +25,7 @@ class Evaluation(Part):
     protocols: Annotated[tuple[Protocol, ...], Field(min_length=1)]
     """Protocols to run."""
     resolution: int | None = None
-    """Side in pixels of the square input; None is the model card's."""
+    """Side in pixels of the square input. Not given: the model card's."""
     label: str = "label"
     """Sample field that holds the class, a text."""
     where: dict[str, str] = {}
