@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from sonoforge_operator import api, resources
+from sonoforge_operator.install import install
 from sonoforge_operator.presets import hint
 from sonoforge_operator.reference import reference
 from sonoforge_operator.schema import Options, Rule, Schema, structural
@@ -292,6 +293,9 @@ def generated() -> dict[str, str]:
         files[f"manifests/crds/{resource.plural}.yaml"] = text
         # Byte for byte the same, because a chart cannot reach a file outside itself.
         files[f"charts/sonoforge/files/crds/{resource.plural}.yaml"] = text
+    for name, cluster_wide in (("install", False), ("install-cluster", True)):
+        objects = [*install(cluster_wide=cluster_wide)]
+        files[f"manifests/{name}.yaml"] = HEADER + "---\n".join(_yaml(found) for found in objects)
     files["docs/api.md"] = reference([(r.kind, r.short, r.schema(hints=False)) for r in RESOURCES])
     return files
 

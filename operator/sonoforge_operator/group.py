@@ -64,6 +64,7 @@ def count_workers(at: Turn) -> Turn:
     if not training_wanted(at.job, at.status) or last_checkpoint_is_known(at.job, at.status):
         return at  # what was committed decides, not how the processes end after it
     facts = worker_facts(at.job, at.status, at.observed)
+    at = _count_unseen(at, facts)
     failures = [(i, f, rules.classify(f)) for i, f in facts if not f.running]
     at = _exclude(at, {f.node for _, f, failure in failures if failure.cause == "hardware" and f.node})
     real = [f for _, _, f in failures if f.cause not in ("finished", "infrastructure")]
@@ -112,10 +113,31 @@ def _next_attempt(at: Turn, backoff: Backoff | None = None) -> Turn:
         attempt=at.status.attempt + 1,
         worker_deaths=(),
         worker_lost=(),
+        worker_seen=(),
         attempt_started=at.now,
         replaced=at.now,
         node_backoff=backoff or Backoff(),
     )
+
+
+def _count_unseen(at: Turn, facts: list[tuple[int, ChildFact]]) -> Turn:
+    """Count nodes whose process was replaced by the platform before anybody saw its end: they were lost."""
+    seen = list((at.status.worker_seen + ("",) * at.spec.workers.max_nodes)[: at.spec.workers.max_nodes])
+    lost_before = at.status.worker_lost
+    events = []
+    for index, fact in facts:
+        before, counted = seen[index], lost_before[index] if index < len(lost_before) else ""
+        if fact.identity and before not in ("", counted, fact.identity):
+            events.append(
+                Event("WorkerReplaced", f"node {index} was lost; the cluster started a new one", warning=True)
+            )
+        seen[index] = fact.identity
+    if tuple(seen) == at.status.worker_seen or not any(seen):
+        return at
+    restarts = dict(at.status.restarts)
+    if events:
+        restarts["infrastructure"] = restarts.get("infrastructure", 0) + len(events)
+    return at.update(*events, worker_seen=tuple(seen), restarts=restarts)
 
 
 def _replace(at: Turn, lost: list[tuple[int, ChildFact]]) -> Turn:

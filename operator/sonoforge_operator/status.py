@@ -178,6 +178,8 @@ class JobStatus(Part):
     """For each node, how often its process ended and was replaced in this attempt."""
     worker_lost: tuple[str, ...] = ()
     """For each node, the identity of its process that ended last and was counted."""
+    worker_seen: tuple[str, ...] = ()
+    """For each node, the identity of its process that was seen last."""
     excluded: tuple[ExcludedNode, ...] = ()
     """Machines whose hardware failed under this job."""
     suspended: bool = False

@@ -1,0 +1,371 @@
+"""A played run: the containers of a namespace without containers. The API server, its controllers, the scheduler, the
+operator and the coordinators are the real programs; only what a GPU would do is played, by these lines.
+
+Workers run once kwok says so. While enough of them do, the run makes steps, commits checkpoints and says so to its real
+coordinator. Evaluations, listings and deletions end as the real commands would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from kubernetes import client
+from pods import PodPlayer
+
+from sonoforge_operator.cluster.names import (
+    ANNOTATION_REQUEST,
+    LABEL_ATTEMPT,
+    LABEL_CHILD,
+    LABEL_INDEX,
+    LABEL_JOB,
+    LABEL_PART,
+)
+from sonoforge_trainer.contract import Activity, CheckpointRef, EvaluationRequest, Progress, RunConfig, Termination
+from sonoforge_trainer.coordinator_client import ProgressPublisher
+
+_TICK_SECONDS = 0.1
+
+
+class Coordinator:
+    """The real `sonoforge coordinator` of a job, started with what its pod would be started with."""
+
+    def __init__(self, folder: Path, token: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "token").write_text(token)
+        self.token_file = folder / "token"
+        self._addresses = folder / "addresses.json"
+        self._addresses.unlink(missing_ok=True)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("SONOFORGE_")}
+        kept |= {"OMP_NUM_THREADS": "1"}
+        kept.pop("PYTHONDONTWRITEBYTECODE", None)
+        command = ["coordinator", "--host=127.0.0.1", "--store-port=0", "--http-port=0"]
+        with (folder / "coordinator.log").open("ab") as out:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "sonoforge_trainer", *command),
+                    *(f"--token-file={self.token_file}", f"--address-file={self._addresses}"),
+                ],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=kept,
+            )
+        self._publisher: ProgressPublisher | None = None
+
+    @property
+    def addresses(self) -> dict[str, str] | None:
+        """Where it listens; None before it does."""
+        if not self._addresses.exists():
+            return None
+        found: dict[str, str] = json.loads(self._addresses.read_text())
+        return found
+
+    @property
+    def publisher(self) -> ProgressPublisher | None:
+        """Rank 0's connection; None before the coordinator listens."""
+        if self._publisher is None and self.addresses:
+            self._publisher = ProgressPublisher(self.addresses["store"], interval_seconds=0.2)
+        return self._publisher
+
+    def kill(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+        if self._publisher is not None:
+            threading.Thread(target=self._publisher.close, daemon=True).start()
+            self._publisher = None
+
+
+class Switchboard:
+    """One address for all coordinators: http://HOST:PORT/NAMESPACE/SERVICE is passed on to the real one."""
+
+    def __init__(self) -> None:
+        self.targets: dict[str, str] = {}
+        board = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                board._pass(self, None)
+
+            def do_POST(self) -> None:
+                board._pass(self, self.rfile.read(int(self.headers.get("Content-Length", "0"))))
+
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/{{namespace}}/{{service}}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _pass(self, visitor: BaseHTTPRequestHandler, body: bytes | None) -> None:
+        _, namespace, service, rest = visitor.path.split("/", 3)
+        target = self.targets.get(f"{namespace}/{service}")
+        status, answer = 503, b"{}"
+        if target:
+            headers = {"Authorization": visitor.headers.get("Authorization", ""), "Content-Type": "application/json"}
+            request = urllib.request.Request(f"{target}/{rest}", data=body, headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=5) as found:
+                    status, answer = found.status, found.read()
+            except urllib.error.HTTPError as error:
+                status, answer = error.code, error.read()
+            except OSError:
+                status = 503
+        with contextlib.suppress(OSError):
+            visitor.send_response(status)
+            visitor.send_header("Content-Length", str(len(answer)))
+            visitor.end_headers()
+            visitor.wfile.write(answer)
+
+
+@dataclass
+class Run:
+    """What a run is and what it left in its storage."""
+
+    config: RunConfig
+    min_nodes: int
+    step: int = 0
+    storage: list[CheckpointRef] = field(default_factory=list)
+    """Committed checkpoints."""
+    group: str = ""
+    """Identity of the process group; changes where nodes come or go."""
+    restored: int | None = None
+    evaluated: list[str] = field(default_factory=list)
+    """Ids of the evaluations that were done, one entry for each time."""
+    deleted: list[str] = field(default_factory=list)
+    history: list[tuple[float, str, int]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        return self.config.training.recipe.steps
+
+    def commit(self) -> None:
+        if any(ref.step == self.step for ref in self.storage):
+            return
+        ref = CheckpointRef(
+            step=self.step,
+            samples=self.step * self.config.training.recipe.global_batch,
+            uri=f"{self.config.checkpoints.uri}/step-{self.step:010d}/attempt-{len(self.storage)}",
+            manifest_digest=f"sha256:{self.step:064x}",
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+        self.storage.append(ref)
+
+
+class Played:
+    """Plays the containers of a namespace in a thread of its own, until it is left."""
+
+    def __init__(
+        self,
+        api_client: client.ApiClient,
+        namespace: str,
+        folder: Path,
+        switchboard: Switchboard,
+        *,
+        score: Callable[[int], float] = lambda step: 0.5 + step / 1000,
+        steps_a_tick: int = 2,
+        checkpoint_steps: int = 20,
+    ) -> None:
+        self.namespace = namespace
+        self._core, self._apps = client.CoreV1Api(api_client), client.AppsV1Api(api_client)
+        self._pods = PodPlayer(self._core, namespace)
+        self._folder, self._switchboard = folder, switchboard
+        self._score, self._steps_a_tick, self._checkpoint_steps = score, steps_a_tick, checkpoint_steps
+        self.runs: dict[str, Run] = {}
+        """Runs by the name of their job."""
+        self.coordinators: dict[str, Coordinator] = {}
+        """Coordinators by the name of their Service."""
+        self.paused = False
+        """No step is made; everything else goes on."""
+        self.fail_next: dict[str, tuple[int, str]] = {}
+        """By part or child: exit code and termination message with which its next pod ends."""
+        self.errors: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._play, daemon=True)
+
+    def __enter__(self) -> Played:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=60)
+        for coordinator in self.coordinators.values():
+            coordinator.kill()
+
+    def _play(self) -> None:
+        while not self._stop.wait(_TICK_SECONDS):
+            try:
+                self._tick()
+            except client.ApiException as error:
+                if error.status not in (404, 409):
+                    self.errors.append(str(error)[:300])
+            except Exception as error:  # noqa: BLE001 - the API server may be away in a test
+                self.errors.append(f"{type(error).__name__}: {error}"[:300])
+
+    def _tick(self) -> None:
+        pods = self._core.list_namespaced_pod(self.namespace).items
+        here = [pod for pod in pods if pod.metadata.deletion_timestamp is None]
+        running = [pod for pod in here if pod.status.phase == "Running"]
+        self._play_coordinators()
+        by_job: dict[str, list[Any]] = {}
+        for pod in running:
+            labels = pod.metadata.labels or {}
+            if labels.get(LABEL_PART) == "worker":
+                by_job.setdefault(labels[LABEL_JOB], []).append(pod)
+            elif labels.get(LABEL_CHILD):
+                self._play_child(pod)
+        for job in set(by_job) | set(self.runs):
+            self._play_run(job, by_job.get(job, []))
+
+    # --- coordinators -------------------------------------------------------------------------------------------------
+
+    def _play_coordinators(self) -> None:
+        deployments = self._apps.list_namespaced_deployment(self.namespace).items
+        names = {d.metadata.name: d for d in deployments if d.metadata.deletion_timestamp is None}
+        for name, deployment in names.items():
+            place = f"{self.namespace}/{name}"
+            config = self._core.read_namespaced_config_map(name.removesuffix("-coordinator"), self.namespace)
+            if name not in self.coordinators:
+                self.coordinators[name] = Coordinator(self._folder / name, config.data["token"])
+                job = deployment.metadata.labels[LABEL_JOB]
+                parsed = RunConfig.from_json(config.data["config.json"])
+                known = self.runs.get(job)
+                if known is None or known.config.uid != parsed.uid:
+                    self.runs[job] = Run(parsed, self._min_nodes(job))
+            self.coordinators[name].token_file.write_text(config.data["token"])
+            addresses = self.coordinators[name].addresses
+            if addresses:
+                self._switchboard.targets[place] = addresses["http"]
+        for name in set(self.coordinators) - set(names):
+            self._switchboard.targets.pop(f"{self.namespace}/{name}", None)
+            self.coordinators.pop(name).kill()
+
+    def _min_nodes(self, job: str) -> int:
+        found = client.CustomObjectsApi(self._core.api_client).get_namespaced_custom_object(
+            "sonoforge.dev", "v1alpha1", self.namespace, "pretrainjobs", job
+        )
+        nodes: int = found["spec"].get("workers", {}).get("minNodes", 1)
+        return nodes
+
+    def _publisher(self, run: Run) -> ProgressPublisher | None:
+        for name, coordinator in self.coordinators.items():
+            if self.runs.get(self._job_of(name)) is run:
+                return coordinator.publisher
+        return None
+
+    def _job_of(self, service: str) -> str:
+        for job, run in self.runs.items():
+            if service.startswith(f"{job.replace('.', '-')[:20]}") and run.config.job == job:
+                return job
+        return ""
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def _play_run(self, job: str, workers: list[Any]) -> None:
+        run = self.runs.get(job)
+        if run is None:
+            return
+        if "worker" in self.fail_next and workers:
+            code, message = self.fail_next.pop("worker")
+            self._pods.fail(workers[0].metadata.name, code, message)
+            return
+        publisher = self._publisher(run)
+        if len(workers) < run.min_nodes or publisher is None or (run.step >= run.steps and not workers):
+            run.group = ""
+            return
+        members = ",".join(sorted(pod.metadata.uid for pod in workers))
+        if run.group != members:  # a new process group goes on from the newest checkpoint
+            run.restored = max((ref.step for ref in run.storage), default=None)
+            run.step, run.group = run.restored or 0, members
+        if not run.storage:
+            run.commit()
+        if not self.paused and run.step < run.steps:
+            for _ in range(self._steps_a_tick):
+                run.step += 1
+                if run.step % self._checkpoint_steps == 0 or run.step == run.steps:
+                    run.commit()
+                if run.step == run.steps:
+                    break
+            run.history.append((time.time(), members, run.step))
+        attempt = max(int(pod.metadata.labels[LABEL_ATTEMPT]) for pod in workers)
+        publisher.publish(self._progress(run, len(workers), attempt))
+        if run.step >= run.steps:
+            time.sleep(0.5)  # the publisher says it
+            for pod in workers:
+                self._pods.succeed(pod.metadata.name, Termination(cause="done").to_json())
+
+    def _progress(self, run: Run, nodes: int, attempt: int) -> Progress:
+        recipe = run.config.training.recipe
+        done = run.step >= run.steps
+        return Progress(
+            attempt=f"{attempt}-{run.group[:40]}",
+            activity=Activity.FINISHED if done else Activity.TRAINING,
+            updated=time.time(),
+            step=run.step,
+            steps=run.steps,
+            step_time=run.history[-1][0] if run.history else 0.0,
+            samples=run.step * recipe.global_batch,
+            budget_samples=recipe.budget_samples,
+            world_size=nodes,
+            nodes=nodes,
+            samples_per_second=100.0,
+            loss=1.0 / (1 + run.step),
+            median_step_seconds=_TICK_SECONDS / self._steps_a_tick,
+            restored_step=run.restored,
+            checkpoints=tuple(run.storage),
+            dataset_samples=1000,
+        )
+
+    # --- small processes ----------------------------------------------------------------------------------------------
+
+    def _play_child(self, pod: Any) -> None:
+        labels, name = pod.metadata.labels, pod.metadata.name
+        run = self.runs[labels[LABEL_JOB]]
+        child: str = labels[LABEL_CHILD]
+        kind = child.split("-")[0]
+        if kind in self.fail_next:
+            code, message = self.fail_next.pop(kind)
+            self._pods.fail(name, code, message)
+            return
+        result: Mapping[str, object] = {}
+        if kind in ("eval", "floor"):
+            request = EvaluationRequest.from_json(pod.metadata.annotations[ANNOTATION_REQUEST])
+            if kind == "eval":
+                run.evaluated.append(request.id)
+                step = int(request.checkpoint_uri.split("step-")[1].split("/")[0])
+                value = self._score(step)
+                metrics = ("f1_macro", "val_f1_macro")
+                result = {f"{p}/{m}": {"value": value} for p in request.evaluation.protocols for m in metrics}
+        if kind == "inventory":
+            (first,) = [a.split("=")[1] for a in pod.spec.containers[0].command if a.startswith("--from-step=")]
+            found = [ref.document() for ref in run.storage if ref.step >= int(first)]
+            result = {"checkpoints": found}
+        if kind == "retention":
+            ids = [a.split("=")[1] for a in pod.spec.containers[0].command if a.startswith("--delete=")]
+            run.deleted += ids
+            run.storage = [ref for ref in run.storage if ref.id not in ids]
+        self._pods.succeed(name, Termination(cause="done", result=dict(result)).to_json())
+
+
+def index_of(pod: Any) -> int:
+    """The node number of a worker pod."""
+    return int(pod.metadata.labels[LABEL_INDEX])
