@@ -60,12 +60,19 @@ class Freshness:
         return self.age < STALE_SECONDS
 
     async def fill(self) -> None:
-        """List everything once, before the first pass: what is not known yet must not look like what is not there."""
+        """List everything, before the first pass: what is not known yet must not look like what is not there."""
         for kind in (*OWN, *CHILDREN, *STANDING):
+            listed = set()
             for namespace in self._namespaces:
                 found = self._api.list(kind, namespace, selector=selector_of(kind), metadata_only=kind in STANDING)
                 async for manifest in found:
                     self._store.put(kind.name, manifest)
+                    key = key_of(manifest)
+                    listed.add((key.namespace, key.name))
+            for namespace, name in self._store.versions(kind.name).keys() - listed:
+                gone = self._store.get(kind.name, namespace, name)
+                if gone is not None:
+                    self._store.remove(kind.name, gone)
 
     async def compare(self, kind: Kind) -> int:
         """Compare what is known of a kind with what is there, and repair it. Returns the changes that were missed."""
