@@ -52,6 +52,8 @@ def phase(found: tuple[Condition, ...]) -> Phase:
     holds = {c.type for c in found if c.status == "True"}
     if any(c.type == "Training" and c.status == "Unknown" for c in found):
         holds.add("Training")  # the last that was known; silence that lasts is a stall
+    if not any(c.type == "Training" and c.reason == "Over" for c in found):
+        holds.discard("Evaluating")  # it goes on beside the training, which is what the job waits for
     return next((word for condition, word in _PHASES if condition in holds), "Pending")
 
 
