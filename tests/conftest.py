@@ -12,6 +12,7 @@ import socketserver
 import ssl
 import struct
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,7 @@ def s3(s3_server: S3Server, request: pytest.FixtureRequest, monkeypatch: pytest.
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     place = re.sub(r"[^A-Za-z0-9-]+", "-", request.node.name)[:60]
-    return S3(f"s3://{BUCKET}/{place}-{tmp_path.parent.name}-{id(tmp_path):x}", Storage(FAST), env, s3_server)
+    return S3(f"s3://{BUCKET}/{place}-{uuid.uuid4().hex}", Storage(FAST), env, s3_server)
 
 
 @dataclass
