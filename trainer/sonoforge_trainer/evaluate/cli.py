@@ -25,6 +25,7 @@ from sonoforge_trainer.contract import (
     Protocol,
     Score,
     Termination,
+    canonical_json,
     is_validation_score,
     selection_score,
 )
@@ -111,23 +112,27 @@ def succeeded(scores: Mapping[str, Score], best_by: str | None = None) -> Termin
     Intervals are left out first, then validation scores, then test scores. Never left out are `best_by` and the
     headline metrics of each protocol, each with its validation counterpart: by those checkpoints are compared.
     """
-    said = Termination(cause="done", result={n: _rounded(s, intervals=True) for n, s in scores.items()})
-    if _fits(said):
-        return said
+    with_intervals: dict[str, object] = {name: _rounded(score, intervals=True) for name, score in scores.items()}
+    if _bytes(with_intervals) <= termination.MAX_BYTES:
+        return Termination(cause="done", result=with_intervals)
     kept = {name for name in scores if name.rpartition("/")[2] in _HEADLINES}
     kept |= {best_by} if best_by else set()
     kept |= {selection_score(name) for name in kept}
-    ranked = sorted(scores, key=lambda name: (name not in kept, is_validation_score(name)))
-    least = sum(name in kept for name in ranked)
-    for count in range(len(ranked), least - 1, -1):
-        said = Termination(cause="done", result={n: _rounded(scores[n], intervals=False) for n in ranked[:count]})
-        if _fits(said):
-            return said
-    raise AssertionError("the headline metrics of six protocols fit into a termination message twice")
+    shown: dict[str, object] = {}
+    room = termination.MAX_BYTES - _bytes({})
+    for name in sorted(scores, key=lambda name: (name not in kept, is_validation_score(name))):
+        entry = _rounded(scores[name], intervals=False)
+        room -= len(canonical_json({name: entry}).encode()) - 1  # its braces are not there, a comma is
+        if room < 0:
+            assert name not in kept, "the headline metrics of six protocols fit into a termination message twice"
+            break
+        shown[name] = entry
+    return Termination(cause="done", result=shown)
 
 
-def _fits(said: Termination) -> bool:
-    return len(said.to_json().encode()) <= termination.MAX_BYTES
+def _bytes(result: dict[str, object]) -> int:
+    """Size of the termination message with this result."""
+    return len(Termination(cause="done", result=result).to_json().encode())
 
 
 def _rounded(score: Score, *, intervals: bool) -> dict[str, float]:
