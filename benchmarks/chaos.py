@@ -68,7 +68,7 @@ kind: EvalSuite
 metadata: {{name: tiny}}
 spec:
   evaluations:
-    - {{name: tiny, shards: "{data}/eval/shards.json", protocols: [knn], bootstrap: 0}}
+    - {{name: tiny, shards: "{data}/eval/shards.json", protocols: [knn, health], bootstrap: 0}}
 """
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from sonoforge_trainer.contract import (
+    VALIDATION_PREFIX,
     CheckpointConfig,
     ContractError,
     Evaluation,
@@ -19,6 +20,7 @@ from sonoforge_trainer.contract import (
     Part,
     RunConfig,
     TrainConfig,
+    is_validation_score,
     load_yaml_documents,
 )
 
@@ -114,11 +116,15 @@ class EvaluationPolicy(Part):
     every: Literal["checkpoint"] = "checkpoint"
     """Every durable checkpoint is evaluated."""
     best_by: Annotated[str, Field(pattern=r"^[a-z0-9][-a-z0-9]*/[a-z0-9_@.]+$")] | None = None
-    """Score that decides which checkpoint is best, as EVALUATION-PROTOCOL/METRIC, for example planes-knn/f1_macro."""
+    """Score to be best by, as EVALUATION-PROTOCOL/METRIC, for example planes-knn/f1_macro.
+
+    Checkpoints are compared by its counterpart on the validation split (planes-knn/val_f1_macro); the score itself, on
+    the test split, is shown and decides nothing. A score of the health protocol needs no labels and is compared itself.
+    """
     best_is: Literal["highest", "lowest"] = "highest"
     """Direction of the score."""
     stop_after_no_gain: Annotated[int, Field(ge=1)] | None = None
-    """End the job after this many checkpoints in a row without a better score."""
+    """End the job after this many checkpoints in a row without a better score, compared as for bestBy."""
     floors: bool = True
     """Run the protocols once also without any learning (raw pixels, HOG, the mean mask), while no checkpoint waits."""
     parallel: Annotated[int, Field(ge=1)] = 1
@@ -456,7 +462,7 @@ def parse_job_file(text: str, *, where: str) -> JobFile:
 
 
 def check_best_by(policy: EvaluationPolicy, evaluations: Iterable[Evaluation], *, where: str) -> None:
-    """Refuse a score that no evaluation makes. Raises ContractError."""
+    """Refuse a score that no evaluation makes, and a validation score. Raises ContractError."""
     if policy.best_by is None:
         if policy.stop_after_no_gain:
             raise ContractError(f"{where}: required with stopAfterNoGain; name the score that decides")
@@ -465,6 +471,11 @@ def check_best_by(policy: EvaluationPolicy, evaluations: Iterable[Evaluation], *
     if policy.best_by.split("/")[0] not in known:
         raise ContractError(
             f"{where}: found {policy.best_by!r}. Allowed: one of {', '.join(known) or '(no suite)'}, with /METRIC"
+        )
+    if is_validation_score(policy.best_by):
+        raise ContractError(
+            f"{where}: found {policy.best_by!r}. Allowed: the score to show, without {VALIDATION_PREFIX!r} before its "
+            "metric; checkpoints are compared on validation in any case"
         )
 
 

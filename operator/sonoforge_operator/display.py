@@ -15,9 +15,9 @@ from rich.text import Text
 
 from sonoforge_operator.api import JobFile
 from sonoforge_operator.observed import Plan
-from sonoforge_operator.scores import score_cell, score_names, shown_checkpoints
+from sonoforge_operator.scores import best_words, score_cell, score_names, shown_checkpoints
 from sonoforge_operator.status import JobStatus
-from sonoforge_trainer.contract import canonical_json, split_score
+from sonoforge_trainer.contract import canonical_json, selection_score, split_score
 
 _RECENT_EVENTS = 8
 _JSON_EVERY_SECONDS = 10.0
@@ -122,7 +122,9 @@ class TerminalDisplay:
             ProgressBar(total=max(1, progress.steps if progress else 1), completed=progress.step if progress else 0)
         )
         title = Text(f"{self._file.job.metadata.name}  {status.phase}", style="bold")
-        lines = [Text(" · ".join(words)) for words in (_progress_words(status), _record_words(status)) if words]
+        best_by = self._file.job.spec.evaluation.best_by
+        told = (_progress_words(status), _record_words(status, best_by))
+        lines = [Text(" · ".join(words)) for words in told if words]
         stall = status.condition("Stalled")
         if stall and stall.status == "True":
             lines.append(Text(f"{stall.reason}: {stall.message}", style="yellow"))
@@ -131,6 +133,7 @@ class TerminalDisplay:
     def _scores(self, status: JobStatus) -> Table:
         """A row for each score; as many checkpoints as fit."""
         best_by = self._file.job.spec.evaluation.best_by
+        deciding = selection_score(best_by) if best_by else None
         shown = shown_checkpoints(status, (self._console.width - _LABEL_WIDTH) // _SCORE_WIDTH)
         names = score_names(status, best_by)
         table = Table(box=None, pad_edge=False, show_header=bool(names))
@@ -138,7 +141,7 @@ class TerminalDisplay:
         for checkpoint in shown:
             table.add_column(str(checkpoint.ref.step), justify="right", no_wrap=True)
         for name in names:
-            decides = name == best_by
+            decides = name == deciding
             cells = [Text(score_cell(c, name), style="green" if c.best and decides else "") for c in shown]
             table.add_row(Text(" ".join(split_score(name)), style="bold" if decides else ""), *cells)
         return table
@@ -181,15 +184,15 @@ def _progress_words(status: JobStatus) -> list[str]:
     return words if left is None else [*words, f"{duration(left)} left"]
 
 
-def _record_words(status: JobStatus) -> list[str]:
+def _record_words(status: JobStatus, best_by: str | None) -> list[str]:
     words = []
     if status.checkpoints:
         words.append(
             f"{sum(c.evaluated for c in status.checkpoints)} of {len(status.checkpoints)} checkpoints evaluated"
         )
     best = next((c for c in status.checkpoints if c.best), None)
-    if best and status.best_score is not None:
-        words.append(f"best {status.best_score:.4f} at step {best.ref.step}")
+    if best and status.best_compared is not None:
+        words.append(f"{best_words(best_by)} {status.best_compared:.4f} at step {best.ref.step}")
     if status.restarts:
         words.append("restarts: " + ", ".join(f"{n} {cause}" for cause, n in sorted(status.restarts.items())))
     if status.lost_steps:
@@ -216,7 +219,7 @@ def _facts(status: JobStatus) -> dict[str, object]:
     facts["checkpoints"] = len(status.checkpoints)
     facts["evaluated"] = sum(c.evaluated for c in status.checkpoints)
     if status.best:
-        facts |= {"best": status.best, "bestScore": status.best_score}
+        facts |= {"best": status.best, "bestScore": status.best_score, "bestCompared": status.best_compared}
     if status.restarts:
         facts |= {"restarts": status.restarts, "lostSteps": status.lost_steps}
     stall = status.condition("Stalled")

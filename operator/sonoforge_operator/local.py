@@ -290,7 +290,9 @@ class LocalPort:
                 request = self.folder / "children" / f"{child.name}.request.json"
                 write_atomically(request, child.request.to_json())
                 floors = ["--floors"] if child.kind == "floor" else []
-                return [*python, "eval", *floors, "--request", str(request)]
+                best_by = self.file.job.spec.evaluation.best_by
+                decides = [f"--best-by={best_by}"] if best_by and child.kind == "evaluation" else []
+                return [*python, "eval", *floors, *decides, "--request", str(request)]
             case "retention":
                 deletes = [f"--delete={id_}" for id_ in child.prune]
                 return [*python, "checkpoints", "prune", self._config.checkpoints.uri, *deletes]

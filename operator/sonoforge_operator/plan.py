@@ -23,7 +23,7 @@ from sonoforge_operator.scoring import choose_best, follow_suite, score_checkpoi
 from sonoforge_operator.status import JobStatus, Outcome
 from sonoforge_operator.turn import Turn
 from sonoforge_operator.upkeep import add_checkpoints, retire_checkpoints, take_inventory
-from sonoforge_trainer.contract import Activity, Progress
+from sonoforge_trainer.contract import Activity, Progress, selection_score
 
 _POLL_SECONDS = 1.0
 _LEAVING_SECONDS = 60.0
@@ -112,9 +112,11 @@ def _decide_outcome(at: Turn) -> Turn:
         message = f"{at.spec.training.recipe.steps} steps done"
         outcome = Outcome(result="Succeeded", reason="BudgetSpent", message=message)
         return at.update(Event("Trained", message), outcome=outcome)
-    scores = [c.score(policy.best_by) for c in at.status.checkpoints] if policy.best_by else []
+    scores = [c.compared(policy.best_by) for c in at.status.checkpoints] if policy.best_by else []
     if rules.no_gain(scores, policy.stop_after_no_gain, highest=policy.best_is == "highest"):
-        message = f"{policy.stop_after_no_gain} checkpoints in a row without a better {policy.best_by}"
+        assert policy.best_by is not None, "there are no scores without one"
+        name = selection_score(policy.best_by)
+        message = f"{policy.stop_after_no_gain} checkpoints in a row without a better {name}"
         outcome = Outcome(result="Succeeded", reason="NoGain", message=message)
         return at.update(Event("StoppedEarly", message), outcome=outcome)
     return at

@@ -14,7 +14,7 @@ def prunable(
     """Ids of the checkpoints that retention deletes, oldest first.
 
     Kept are the newest `keep_last`, the first at or after each multiple of `keep_every_samples`, the `keep_best` with
-    the best scores, and every checkpoint that still waits for a score.
+    the best validation scores, and every checkpoint that still waits for a score.
     """
     alive = [c for c in checkpoints if not c.pruned]
     keep = {c.ref.id for c in alive if not c.evaluated}
@@ -28,7 +28,7 @@ def prunable(
                 keep.add(checkpoint.ref.id)
             marks.add(mark)
     if best_by and config.keep_best:
-        scored = [(score, c.ref.id) for c in alive if (score := c.score(best_by)) is not None]
+        scored = [(score, c.ref.id) for c in alive if (score := c.compared(best_by)) is not None]
         scored.sort(key=lambda pair: pair[0], reverse=highest)
         keep |= {id_ for _, id_ in scored[: config.keep_best]}
     return tuple(c.ref.id for c in alive if c.ref.id not in keep)

@@ -9,15 +9,21 @@ from rich.console import Console
 from rich.table import Table
 
 from sonoforge_operator.status import CheckpointStatus, JobStatus
-from sonoforge_trainer.contract import split_score
+from sonoforge_trainer.contract import selection_score, split_score
 
 _HEADLINES = re.compile(r"(logreg_\d+shot_)?f1_macro|dice_foreground|rankme")
 
 
 def score_names(status: JobStatus, best_by: str | None) -> list[str]:
-    """The scores worth showing: one or few for each protocol, and the one that decides."""
+    """The scores worth showing: one or few for each protocol, the one to be best by, and the one that decides."""
     known = {name for c in status.checkpoints for e in c.evaluations for name in e.scores}
-    return sorted(name for name in known if name == best_by or _HEADLINES.fullmatch(split_score(name)[2]))
+    chosen = {best_by, selection_score(best_by)} if best_by else set()
+    return sorted(name for name in known if name in chosen or _HEADLINES.fullmatch(split_score(name)[2]))
+
+
+def best_words(best_by: str | None) -> str:
+    """What to call the best checkpoint: by what it was chosen is part of it."""
+    return "best" if best_by is None or selection_score(best_by) == best_by else "best on validation"
 
 
 def score_cell(checkpoint: CheckpointStatus, name: str) -> str:
@@ -56,7 +62,7 @@ def _table(status: JobStatus, names: list[str], best_by: str | None) -> Table:
         table.add_column(f"{protocol}\n{metric}", justify="right", overflow="fold")
     table.add_column("")
     for c in status.checkpoints:
-        best = "best" if c.best and best_by in names else ""
+        best = best_words(best_by) if c.best and best_by in names else ""
         table.add_row(str(c.ref.step), str(c.ref.samples), *(score_cell(c, n) for n in names), best)
     floors = {n: score for f in status.floors if f.name == evaluation for n, score in f.scores.items()}
     for floor in dict.fromkeys(name.partition(":")[0] for name in floors):

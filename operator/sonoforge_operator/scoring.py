@@ -16,6 +16,8 @@ from sonoforge_trainer.contract import (
     Evaluation,
     Score,
     canonical_json,
+    is_validation_score,
+    selection_score,
     split_score,
 )
 
@@ -70,20 +72,27 @@ def score_checkpoints(at: Turn) -> Turn:
 
 
 def choose_best(at: Turn) -> Turn:
-    """Name the checkpoint with the best score; of equal ones the oldest."""
+    """Name the checkpoint that is best on validation; of equal ones the oldest. Test scores are not looked at."""
     policy = at.spec.evaluation
     name = policy.best_by
-    scored = [(s, c.ref.id) for c in at.status.checkpoints if name and (s := c.score(name)) is not None]
-    if not scored:
-        return at
+    scored = [(s, c) for c in at.status.checkpoints if name and (s := c.compared(name)) is not None]
+    if name is None or not scored:
+        return _mark_best(at, None, None, None) if at.status.best else at
     sign = 1 if policy.best_is == "highest" else -1
-    score, best = max(scored, key=lambda pair: sign * pair[0])
-    if (best, score) == (at.status.best, at.status.best_score):
+    compared, best = max(scored, key=lambda pair: sign * pair[0])
+    score = best.score(name)
+    before = (at.status.best, at.status.best_score, at.status.best_compared)
+    if (best.ref.id, score, compared) == before:
         return at
+    told = f"{best.ref.id}: {selection_score(name)} {compared:.4f}"
+    if selection_score(name) != name and score is not None:
+        told += f"; on test {score:.4f}"
+    return _mark_best(at, best.ref.id, score, compared).update(Event("NewBest", told))
+
+
+def _mark_best(at: Turn, best: str | None, score: float | None, compared: float | None) -> Turn:
     checkpoints = tuple(c.model_copy(update={"best": c.ref.id == best}) for c in at.status.checkpoints)
-    return at.update(
-        Event("NewBest", f"{best}: {name} {score:.4f}"), checkpoints=checkpoints, best=best, best_score=score
-    )
+    return at.update(checkpoints=checkpoints, best=best or "", best_score=score, best_compared=compared)
 
 
 def _suite_digest(job: JobFile) -> str:
@@ -152,13 +161,22 @@ def _told(what: str, before: EvaluationStatus, after: EvaluationStatus, best_by:
     if after.phase != "Succeeded" or before.ended:
         return []
     events = [Event("Evaluated", f"{what}: {_summary(after.scores)}")]
-    if best_by and split_score(best_by)[0] == after.name and best_by not in after.scores:
-        protocol = best_by.partition("/")[0]
-        known = sorted(n for n in after.scores if n.startswith(f"{protocol}/"))
-        message = f"{what}: bestBy {best_by!r} is not among its scores. Allowed: {', '.join(known) or 'none'}"
-        events.append(Event("BestByUnknown", message, warning=True))
+    if best_by and split_score(best_by)[0] == after.name and (fault := _fault(best_by, after.scores)):
+        events.append(Event("BestByUnknown", f"{what}: bestBy {fault}", warning=True))
     return events
 
 
+def _fault(best_by: str, scores: dict[str, Score]) -> str:
+    """Why checkpoints cannot be compared by a score; empty where they can."""
+    if selection_score(best_by) in scores:
+        return ""
+    if best_by in scores:
+        return f"{best_by!r} has no validation score here, so this checkpoint cannot become best; name another metric"
+    protocol = best_by.partition("/")[0]
+    known = sorted(n for n in scores if n.startswith(f"{protocol}/") and not is_validation_score(n))
+    return f"{best_by!r} is not among its scores. Allowed: {', '.join(known) or 'none'}"
+
+
 def _summary(scores: dict[str, Score]) -> str:
-    return ", ".join(f"{name} {score.value:.4f}" for name, score in sorted(scores.items())[:4])
+    on_test = [(name, score) for name, score in sorted(scores.items()) if not is_validation_score(name)]
+    return ", ".join(f"{name} {score.value:.4f}" for name, score in on_test[:4])

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from typing import Literal
 
 from sonoforge_operator.api import Workers
-from sonoforge_trainer.contract import CheckpointRef, Evaluation, EvaluationRequest, Part, Progress, Score
+from sonoforge_trainer.contract import (
+    CheckpointRef,
+    Evaluation,
+    EvaluationRequest,
+    Part,
+    Progress,
+    Score,
+    selection_score,
+)
 
 Phase = Literal["Invalid", "Pending", "Queued", "Running", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
 EvaluationPhase = Literal["Invalid", "Pending", "Running", "Succeeded", "Failed"]
@@ -113,7 +121,7 @@ class EvaluationStatus(Part):
     lost: int = 0
     """Times it was killed from outside, which does not count as failing."""
     scores: dict[str, Score] = {}
-    """Scores as NAME-PROTOCOL/METRIC; those of floors as FLOOR:NAME-PROTOCOL/METRIC."""
+    """NAME-PROTOCOL/METRIC to score, NAME-PROTOCOL/val_METRIC on validation; floors: FLOOR:NAME-PROTOCOL/METRIC."""
     reason: str = ""
     """Why it failed."""
 
@@ -131,7 +139,7 @@ class CheckpointStatus(Part):
     evaluations: tuple[EvaluationStatus, ...] = ()
     """Every evaluation of the suite."""
     best: bool = False
-    """Whether it has the best score so far."""
+    """Whether it is the best so far, compared on validation."""
     pruned: bool = False
     """Whether its training state was deleted by retention. Its scores stay."""
 
@@ -146,6 +154,13 @@ class CheckpointStatus(Part):
             if name in evaluation.scores:
                 return evaluation.scores[name].value
         return None
+
+    def compared(self, best_by: str) -> float | None:
+        """What decides between checkpoints where `best_by` is to be best: its counterpart on validation, where known.
+
+        Every choice reads this and never `score`, or it would be made on test data.
+        """
+        return self.score(selection_score(best_by))
 
 
 class Outcome(Part):
@@ -235,7 +250,9 @@ class JobStatus(Part):
     best: str = ""
     """Id of the best checkpoint."""
     best_score: float | None = None
-    """Its score."""
+    """Its score, on the test split. It did not decide."""
+    best_compared: float | None = None
+    """What decided: the same on the validation split, or the score itself where it needs no labels."""
     outcome: Outcome | None = None
     """Set once training is over."""
     started: float = 0.0

@@ -14,7 +14,9 @@ from sonoforge_trainer.contract import (
     ShardManifest,
     checkpoint_prefix,
     dataset_digest,
+    is_validation_score,
     parse_prefix,
+    selection_score,
     split_score,
 )
 
@@ -104,6 +106,23 @@ def test_a_score_name_is_split_at_its_protocol():
     assert split_score("hc18-head-segment-probe/dice") == ("hc18-head", "segment-probe", "dice")
     with pytest.raises(ValueError, match="is not a score"):
         split_score("planes/f1")
+
+
+@pytest.mark.parametrize(
+    ("score", "decides"),
+    [
+        ("planes-knn/f1_macro", "planes-knn/val_f1_macro"),
+        ("knn/f1_macro", "knn/val_f1_macro"),
+        ("hc18-head-segment-probe/dice_mean", "hc18-head-segment-probe/val_dice_mean"),
+        ("planes-health/rankme", "planes-health/rankme"),
+        ("health/teacher_entropy", "health/teacher_entropy"),
+        ("ward-health-knn/f1_macro", "ward-health-knn/val_f1_macro"),
+    ],
+)
+def test_a_score_is_selected_by_its_counterpart_on_validation_unless_it_needs_no_labels(score, decides):
+    assert selection_score(score) == decides
+    assert is_validation_score(decides) is (decides != score)
+    assert not is_validation_score(score)
 
 
 def test_progress_survives_json():

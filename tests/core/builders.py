@@ -49,9 +49,12 @@ def checkpoint(step: int, batch: int = 32) -> CheckpointRef:
     )
 
 
-def said_scores(value: float) -> Termination:
-    """What an evaluation process says when it is done."""
-    return Termination(cause="done", result={"knn/f1_macro": {"value": value}})
+def said_scores(value: float, *, val: float | None = None) -> Termination:
+    """What an evaluation process says when it is done: its score on test, and on validation if that is another."""
+    on_validation = value if val is None else val
+    return Termination(
+        cause="done", result={"knn/f1_macro": {"value": value}, "knn/val_f1_macro": {"value": on_validation}}
+    )
 
 
 @dataclass

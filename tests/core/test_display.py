@@ -19,9 +19,9 @@ def evaluated() -> World:
     world = World()
     world.turn()
     world.report(20, 0, 10, loss=9.5, samples_per_second=64.0)
-    for score in (0.25, 0.5):
+    for score, val in ((0.75, 0.125), (0.5, 0.625)):
         world.turn()
-        world.end("eval-", 0, said_scores(score))
+        world.end("eval-", 0, said_scores(score, val=val))
     world.turn()
     return world
 
@@ -30,11 +30,22 @@ def test_the_table_has_a_row_a_checkpoint_and_a_column_a_protocol():
     lines = [line.rstrip() for line in scores_table(evaluated().status, "planes-knn/f1_macro").splitlines()]
     assert [line.split() for line in lines] == [
         ["planes"],
-        ["knn"],
-        ["STEP", "SAMPLES", "f1_macro"],
-        ["0", "0", "0.2500"],
-        ["10", "320", "0.5000", "best"],
+        ["knn", "knn"],
+        ["STEP", "SAMPLES", "f1_macro", "val_f1_macro"],
+        ["0", "0", "0.7500", "0.1250"],
+        ["10", "320", "0.5000", "0.6250", "best", "on", "validation"],
     ]
+
+
+def test_a_score_without_labels_is_what_it_is_chosen_by():
+    world = evaluated()
+    scores = {"planes-health/rankme": Score(value=7.5)}
+    (evaluation,) = world.status.checkpoints[1].evaluations
+    checkpoint = world.status.checkpoints[1].model_copy(
+        update={"evaluations": (evaluation.model_copy(update={"scores": scores}),)}
+    )
+    status = world.status.model_copy(update={"checkpoints": (checkpoint,)})
+    assert scores_table(status, "planes-health/rankme").splitlines()[-1].split() == ["10", "320", "7.5000", "best"]
 
 
 def test_a_score_that_is_not_there_yet_says_where_its_evaluation_stands():
@@ -53,6 +64,7 @@ def test_json_lines_tell_events_and_progress(capsys):
     assert lines[0]["event"] == "Evaluated"
     progress = lines[-1]
     wanted = {"event": "Progress", "step": 20, "steps": 100, "evaluated": 2, "secondsLeft": 40, "bestScore": 0.5}
+    wanted["bestCompared"] = 0.625
     assert {name: progress[name] for name in wanted} == wanted
 
 
@@ -63,7 +75,15 @@ def test_a_terminal_shows_phase_progress_scores_and_events():
     with display:
         display.show(world.last, world.now)
     text = screen.getvalue()
-    for part in ("fetal  Running", "step 20 of 100", "loss 9.5", "40 s left", "0.5000", "NewBest"):
+    for part in (
+        "fetal  Running",
+        "step 20 of 100",
+        "loss 9.5",
+        "40 s left",
+        "0.5000",
+        "NewBest",
+        "best on validation 0.6250 at",
+    ):
         assert part in text, part
 
 

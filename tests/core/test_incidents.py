@@ -172,8 +172,75 @@ def test_scores_that_cannot_be_read_fail_the_evaluation_and_not_the_runner(resul
 def test_a_score_to_be_best_by_that_no_evaluation_gives_is_told():
     world = running_world()
     world.end("eval-", 0, Termination(cause="done", result={"knn/accuracy": {"value": 0.5}}))
+    told = {e.reason: e.message for e in world.turn().events}
+    assert "'planes-knn/f1_macro' is not among its scores. Allowed: planes-knn/accuracy" in told["BestByUnknown"]
+
+
+def test_a_score_that_validation_does_not_have_chooses_nothing_and_that_is_told():
+    world = running_world()
+    world.end("eval-", 0, Termination(cause="done", result={"knn/f1_macro": {"value": 0.5}}))
+    told = {e.reason: e.message for e in world.turn().events}
+    assert "'planes-knn/f1_macro' has no validation score here" in told["BestByUnknown"]
+    assert (world.status.best, world.status.best_score) == ("", None)
+
+
+def chosen_world(**spec: object) -> World:
+    """Checkpoint 10 is best on validation, checkpoint 20 on test; 30 and 40 are on neither."""
+    world = World(file=job(**spec))
     world.turn()
-    assert "BestByUnknown" in world.events
+    world.report(40, 10, 20, 30, 40)
+    for score, val in ((0.3, 0.9), (0.9, 0.6), (0.5, 0.7), (0.4, 0.5)):
+        world.turn()
+        world.end("eval-", 0, said_scores(score, val=val))
+    world.turn()
+    return world
+
+
+def test_the_best_on_validation_is_chosen_and_kept_and_not_the_best_on_test():
+    config = CheckpointConfig(uri="s3://b/run", every_samples=320, keep_last=1, keep_best=1)
+    world = chosen_world(checkpoints=config)
+    assert [c.ref.step for c in world.status.checkpoints if c.best] == [10]
+    assert world.status.best == checkpoint(10).id
+    assert (world.status.best_score, world.status.best_compared) == (0.3, 0.9)
+    doomed = set()
+    for _ in range(6):
+        doomed |= {id_ for c in world.turn().children for id_ in c.prune}
+        if world.running("retention-"):
+            world.end("retention-", 0)
+    assert doomed == {checkpoint(20).id, checkpoint(30).id}
+    assert [c.ref.step for c in world.status.checkpoints if not c.pruned] == [10, 40]
+
+
+@pytest.mark.parametrize(
+    ("scores", "stops"),
+    [
+        (((0.1, 0.9), (0.2, 0.8), (0.3, 0.7)), True),  # rises on test alone
+        (((0.9, 0.1), (0.8, 0.2), (0.7, 0.3)), False),  # rises on validation alone
+    ],
+)
+def test_a_job_stops_early_where_validation_stops_rising_whatever_test_does(scores, stops):
+    evaluation = job().job.spec.evaluation.model_copy(update={"stop_after_no_gain": 2})
+    world = World(file=job(evaluation=evaluation))
+    world.turn()
+    world.report(30, 10, 20, 30)
+    for score, val in scores:
+        world.turn()
+        world.end("eval-", 0, said_scores(score, val=val))
+    world.turn()
+    outcome = world.status.outcome
+    assert (outcome is not None) is stops
+    if outcome:
+        assert outcome.reason == "NoGain"
+        assert outcome.message == "2 checkpoints in a row without a better planes-knn/val_f1_macro"
+
+
+def test_a_choice_that_was_made_by_another_score_does_not_stay():
+    world = chosen_world()
+    evaluation = world.file.job.spec.evaluation.model_copy(update={"best_by": "planes-knn/accuracy"})
+    world.file = job(evaluation=evaluation)
+    world.turn()
+    assert (world.status.best, world.status.best_score, world.status.best_compared) == ("", None, None)
+    assert not any(c.best for c in world.status.checkpoints)
 
 
 def retained() -> World:
@@ -272,14 +339,15 @@ def test_an_edited_suite_does_not_wait_for_a_checkpoint_that_was_deleted():
 
 def test_the_best_score_follows_when_another_score_decides():
     world = running_world()
-    said = Termination(cause="done", result={"knn/f1_macro": {"value": 0.5}, "knn/accuracy": {"value": 0.7}})
+    values = {"knn/f1_macro": 0.5, "knn/val_f1_macro": 0.4, "knn/accuracy": 0.7, "knn/val_accuracy": 0.6}
+    said = Termination(cause="done", result={name: {"value": value} for name, value in values.items()})
     world.end("eval-", 0, said)
     world.turn()
-    assert world.status.best_score == 0.5
+    assert (world.status.best_score, world.status.best_compared) == (0.5, 0.4)
     evaluation = world.file.job.spec.evaluation.model_copy(update={"best_by": "planes-knn/accuracy"})
     world.file = job(evaluation=evaluation)
     world.turn()
-    assert world.status.best_score == 0.7
+    assert (world.status.best_score, world.status.best_compared) == (0.7, 0.6)
 
 
 def test_floors_run_once_while_nothing_waits_and_the_job_waits_for_them():

@@ -26,6 +26,11 @@ def test_a_job_with_its_suite_is_read():
             "planes-linear/f1_macro",
             "bestBy: found 'planes-linear/f1_macro'. Allowed: one of planes-knn",
         ),
+        (
+            "planes-knn/f1_macro",
+            "planes-knn/val_f1_macro",
+            "spec.evaluation.bestBy: found 'planes-knn/val_f1_macro'. Allowed: the score to show, without 'val_'",
+        ),
         ("preset: tiny", "preset: tinny", "spec.training.recipe.preset: found 'tinny'. Allowed: one of"),
         (
             "kind: EvalSuite",

@@ -10,12 +10,12 @@ from sonoforge_operator.status import CheckpointStatus, EvaluationStatus
 from sonoforge_trainer.contract import CheckpointConfig, Score
 
 
-def scored(step: int, score: float | None, *, pruned: bool = False) -> CheckpointStatus:
+def scored(step: int, score: float | None, *, test: float = 0.5, pruned: bool = False) -> CheckpointStatus:
     evaluation = EvaluationStatus(
         name="e",
         id=str(step),
         phase="Pending" if score is None else "Succeeded",
-        scores={} if score is None else {"e-knn/f1": Score(value=score)},
+        scores={} if score is None else {"e-knn/f1": Score(value=test), "e-knn/val_f1": Score(value=score)},
     )
     return CheckpointStatus(ref=checkpoint(step), evaluations=(evaluation,), pruned=pruned)
 
@@ -51,6 +51,20 @@ def test_the_best_stay_in_either_direction():
     best = config(keep_best=1)
     assert steps(prunable(checkpoints, best, "e-knn/f1", highest=True)) == [20]
     assert steps(prunable(checkpoints, best, "e-knn/f1", highest=False)) == [10]
+
+
+def test_test_scores_keep_nothing():
+    checkpoints = [scored(s, v, test=1 - v) for s, v in ((10, 0.9), (20, 0.1), (30, 0.5), (40, 0.4))]
+    assert steps(prunable(checkpoints, config(keep_best=1), "e-knn/f1", highest=True)) == [20]
+
+
+def test_a_score_without_labels_keeps_by_itself():
+    checkpoints = []
+    for step, rank in ((10, 9.0), (20, 1.0), (30, 5.0), (40, 4.0)):
+        scores = {"e-health/rankme": Score(value=rank)}
+        evaluation = EvaluationStatus(name="e", id=str(step), phase="Succeeded", scores=scores)
+        checkpoints.append(CheckpointStatus(ref=checkpoint(step), evaluations=(evaluation,)))
+    assert steps(prunable(checkpoints, config(keep_best=1), "e-health/rankme", highest=True)) == [20]
 
 
 def test_no_gain_counts_scored_checkpoints_since_the_best():

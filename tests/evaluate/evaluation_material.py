@@ -14,6 +14,7 @@ from sonoforge_trainer.contract import (
     ARCHS,
     COMMIT,
     MANIFEST,
+    METRICS,
     MODEL_CARD,
     TEACHER,
     CheckpointManifest,
@@ -72,9 +73,9 @@ def backbone_of(card: ModelCard, seed: int = 0) -> Backbone:
 
 
 def write_checkpoint(
-    storage: Storage, base: str, *, step: int = 10, seed: int = 0, **changes: object
+    storage: Storage, base: str, *, step: int = 10, seed: int = 0, metrics: bytes | None = None, **changes: object
 ) -> tuple[str, str]:
-    """URI and manifest digest of a committed checkpoint."""
+    """URI and manifest digest of a committed checkpoint, with a metric log where one is given."""
     card = model_card(**changes)
     prefix = checkpoint_prefix(base, step, "A")
     objects = {
@@ -82,6 +83,8 @@ def write_checkpoint(
         TEACHER: save(dict(backbone_of(card, seed).state_dict())),
         MODEL_CARD: card.to_json().encode(),
     }
+    if metrics is not None:
+        objects[METRICS] = metrics
     for name, data in objects.items():
         storage.write(f"{prefix}/{name}", data)
     manifest = CheckpointManifest(

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from evaluation_material import png, request_of, write_checkpoint
 
 from sonoforge_trainer import termination
-from sonoforge_trainer.contract import ENV_TERMINATION_LOG, EvaluationResult, Score, Termination
+from sonoforge_trainer.contract import ENV_TERMINATION_LOG, EvaluationResult, Score, Termination, selection_score
 from sonoforge_trainer.evaluate.cli import command, succeeded
 from sonoforge_trainer.evaluate.run import evaluate
 from sonoforge_trainer.redact import KeyHasher
@@ -180,14 +180,56 @@ def test_floors_need_no_checkpoint(call, phantoms):
     assert "hog:set-knn/f1_macro" in json.loads(result.stdout)
 
 
-def test_many_scores_still_fit_into_a_termination_message():
+def with_validation(names):
+    """Scores by these names on test, and where it has one the counterpart of each on validation."""
     score = Score(value=1 / 3, low=1 / 7, high=6 / 7)
-    names = [f"{p}/{m}" for p in ("knn", "linear", "logreg") for m in ("accuracy", "balanced_accuracy", "f1_macro")]
-    few = succeeded(dict.fromkeys(names, score))
+    return dict.fromkeys(names, score) | {selection_score(n): Score(value=2 / 3) for n in names}
+
+
+HEADLINES = [f"{p}/{m}" for p in ("knn", "linear", "logreg") for m in ("accuracy", "balanced_accuracy", "f1_macro")]
+
+
+def test_many_scores_still_fit_into_a_termination_message():
+    few = succeeded(with_validation(HEADLINES))
     assert few.result["knn/accuracy"] == {"value": 0.333333, "low": 0.142857, "high": 0.857143}
-    more = succeeded(dict.fromkeys([*names, *(f"fewshot/logreg_{n}shot_accuracy" for n in range(60))], score))
-    assert more.result["fewshot/logreg_59shot_accuracy"] == {"value": 0.333333}
-    most = succeeded(dict.fromkeys([*names, *(f"fewshot/logreg_{n}shot_accuracy" for n in range(400))], score))
-    assert set(most.result) == set(names)
+    more = succeeded(with_validation([*HEADLINES, *(f"fewshot/logreg_{n}shot_accuracy" for n in range(50))]))
+    assert more.result["fewshot/logreg_49shot_accuracy"] == {"value": 0.333333}
+    most = succeeded(with_validation([*HEADLINES, *(f"fewshot/logreg_{n}shot_accuracy" for n in range(400))]))
+    assert set(with_validation(HEADLINES)) < set(most.result)
     for said in (few, more, most):
         assert len(said.to_json().encode()) <= termination.MAX_BYTES
+
+
+def test_what_checkpoints_are_compared_by_is_never_left_out_of_a_termination_message():
+    """A suite entry of every protocol with thirty shots: 250 few-shot scores on test and as many on validation."""
+    metrics = ("accuracy", "balanced_accuracy", "f1_macro", "auroc_macro")
+    names = [f"{p}/{m}" for p in ("knn", "linear", "logreg") for m in metrics]
+    names += [f"fewshot/{p}_{n}shot_{m}" for p in ("knn", "logreg") for n in range(1, 31) for m in metrics]
+    overlaps = [f"{o}_{k}{s}" for o in ("dice", "iou") for k in ("mean", "foreground") for s in ("", "_per_image")]
+    names += [f"segment-probe/{o}" for o in overlaps] + ["health/rankme", "health/teacher_entropy"]
+    scores = with_validation(names)
+    assert len(names) == 262
+    for best_by in names:
+        said = succeeded(scores, best_by)
+        assert {best_by, selection_score(best_by)} <= said.result.keys(), best_by
+        assert len(said.to_json().encode()) <= termination.MAX_BYTES
+    for name in ("knn/auroc_macro", "segment-probe/dice_foreground", "health/rankme"):
+        assert {name, selection_score(name)} <= succeeded(scores).result.keys()
+
+
+def test_the_command_keeps_what_it_is_told_that_decides(call, checkpoint, phantoms, tmp_path, monkeypatch):
+    """Forty shots of one patient or two make more scores than fit; the last one that is made decides."""
+    monkeypatch.setenv(ENV_TERMINATION_LOG, str(tmp_path / "termination.json"))
+    shots = tuple(range(1, 41))
+    request = request_of(
+        checkpoint, phantoms, "fewshot", "segment-probe", name="set", shots=shots, seeds=1, bootstrap=0
+    )
+    (tmp_path / "request.json").write_text(request.to_json())
+    decides = "segment-probe/iou_mean_per_image"
+
+    def said(*arguments):
+        assert call("--request", tmp_path / "request.json", *arguments).exit_code == 0
+        return Termination.from_json((tmp_path / "termination.json").read_text()).result
+
+    assert selection_score(decides) not in said()
+    assert {decides, selection_score(decides)} <= said("--best-by", f"set-{decides}").keys()

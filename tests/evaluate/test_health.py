@@ -38,6 +38,12 @@ def test_retrieval_counts_images_whose_nearest_other_image_is_of_their_group():
     assert same_group_retrieval(features, [1, 2, 3, 4, 5], CPU) is None
 
 
+def test_the_entropy_of_the_teacher_is_among_the_numbers_where_training_logged_it():
+    features = np.eye(4, dtype=np.float32)
+    assert health(features, range(4), [""] * 4, CPU, teacher_entropy=3.5).scores["teacher_entropy"].value == 3.5
+    assert "teacher_entropy" not in health(features, range(4), [""] * 4, CPU).scores
+
+
 def test_images_of_unknown_patients_are_not_companions():
     finding = health(np.eye(4, dtype=np.float32), [0, 1, 2, 3], ["", "", "", ""], CPU)
     assert "same_patient_retrieval" not in finding.scores

@@ -68,6 +68,30 @@ def test_selection_sees_validation_only(name):
     assert finding.scores["balanced_accuracy"].value < 0.75
 
 
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_validation_scores_are_those_of_the_chosen_candidate_on_the_validation_split(name):
+    finding = PROTOCOLS[name](conflicting())
+    scores = {metric: score.value for metric, score in finding.scores.items()}
+    assert scores["val_balanced_accuracy"] == finding.details["validation_balanced_accuracy"][finding.chosen]
+    assert scores["val_balanced_accuracy"] > 0.95
+    assert scores["val_auroc_macro"] > 0.95 > scores["auroc_macro"] + 0.2
+    assert {m for m in scores if m.startswith("val_")} == {f"val_{m}" for m in scores if not m.startswith("val_")}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_what_is_fitted_sees_the_training_split_alone(name):
+    """Other labels of validation and test may change which candidate is chosen, and none of the candidates."""
+    problem = conflicting().only("right")
+    flipped = Problem(
+        problem.classes,
+        problem.inputs,
+        {**problem.targets, "val": 1 - problem.targets["val"], "test": 1 - problem.targets["test"]},
+        problem.groups,
+    )
+    before, after = (PROTOCOLS[name](p).details["validation_balanced_accuracy"] for p in (problem, flipped))
+    assert after == pytest.approx({candidate: 1 - value for candidate, value in before.items()})
+
+
 def test_the_best_candidate_has_the_highest_score_and_not_the_lowest():
     """Released code of the paper kept the epoch of the lowest accuracy."""
     assert best({"epoch 1": 0.2, "epoch 2": 0.9, "epoch 3": 0.5}) == "epoch 2"
@@ -173,6 +197,14 @@ def test_few_shot_reports_mean_and_deviation_over_draws_and_more_shots_are_bette
     assert one.deviation > 0
     assert finding.details["too_few_groups_for_shots"] == [50]
     assert "knn_5shot_auroc_macro" in finding.scores
+
+
+def test_few_shot_scores_validation_beside_test_with_the_same_draws():
+    finding = fewshot(conflicting().only("right"), (5,), seeds=3, temperature=0.07, seed=0, device=CPU)
+    for method in ("knn", "logreg"):
+        val, test = (finding.scores[f"{prefix}{method}_5shot_balanced_accuracy"] for prefix in ("val_", ""))
+        assert val.value > 0.9 > test.value + 0.2
+        assert val.deviation is not None
 
 
 def test_few_shot_finds_nothing_where_labels_are_shuffled(planted):

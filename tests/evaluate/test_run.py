@@ -4,12 +4,21 @@ import json
 from pathlib import Path
 from urllib.parse import urlparse
 
+import numpy as np
 import pytest
 import torch
 from evaluation_material import png, request_of, write_checkpoint
 
 from sonoforge_trainer.checkpoint import DamagedCheckpointError
-from sonoforge_trainer.contract import COMMIT, TEACHER, EvaluationResult
+from sonoforge_trainer.contract import (
+    COMMIT,
+    METRICS,
+    TEACHER,
+    EvaluationResult,
+    is_validation_score,
+    selection_score,
+)
+from sonoforge_trainer.evaluate.errors import EvaluationDataError
 from sonoforge_trainer.evaluate.run import evaluate
 from sonoforge_trainer.redact import KeyHasher
 from sonoforge_trainer.shards.build import BuildRule, DataSetCard, Rendered, build
@@ -41,8 +50,55 @@ def test_every_protocol_works_on_one_pass_over_the_images(checkpoint, phantoms, 
     assert set(result.details["knn"]["recall"]) == {"abdomen", "background", "femur", "head", "heart", "spine"}
     assert result.details["segment-probe"]["images"] == result.details["knn"]["images"] == result.counts
     assert storage.read(request.result_uri) == result.to_json().encode()
+    on_test = {name for name in result.scores if not is_validation_score(name)}
+    assert {selection_score(name) for name in on_test} <= set(result.scores)
+    assert {name for name in on_test if selection_score(name) == name} == {
+        n for n in on_test if n.startswith("health/")
+    }
     picture = storage.read(f"{checkpoint[0]}/eval/{result.pictures[0]}")
     assert picture.startswith(b"\x89PNG")
+
+
+def test_the_health_of_a_checkpoint_has_the_entropy_that_its_run_logged_last(tmp_path, phantoms, storage):
+    """And none at step 0, before which nothing is logged."""
+    log = b'{"step": 5, "teacher_entropy": 4.5}\n{"step": 10, "teacher_entropy": 4.25}\n'
+    found = []
+    for step, metrics in ((10, log), (0, b"")):
+        base = (tmp_path / f"run-{step}").as_uri()
+        checkpoint = write_checkpoint(storage, base, step=step, metrics=metrics)
+        found.append(evaluate(request_of(checkpoint, phantoms, "health"), storage, CPU).scores)
+    assert found[0]["health/teacher_entropy"].value == 4.25
+    assert {"health/rankme", "health/feature_deviation"} <= found[0].keys()
+    assert found[0].keys() - found[1].keys() == {"health/teacher_entropy"}
+
+
+def test_a_metric_log_that_was_altered_is_refused(tmp_path, phantoms, storage):
+    checkpoint = write_checkpoint(storage, (tmp_path / "run").as_uri(), metrics=b'{"teacher_entropy": 4.5}\n')
+    (path_of(checkpoint[0]) / METRICS).write_bytes(b'{"teacher_entropy": 9.5}\n')
+    with pytest.raises(DamagedCheckpointError, match=r"metrics\.jsonl"):
+        evaluate(request_of(checkpoint, phantoms, "health"), storage, CPU)
+
+
+def test_a_set_without_validation_is_refused_because_nothing_could_be_chosen_on_it(tmp_path, checkpoint, storage):
+    """Health asks for no labels and no splits: it is what such a set can be evaluated with."""
+    random = np.random.default_rng(0)
+    rows = [
+        Row(n + 1, f"{n}.png", None, label="ab"[n % 2], split=split, patient=str(n))
+        for n, split in enumerate(["train"] * 8 + ["test"] * 4)
+    ]
+    build(
+        [[Placed(row, n, n) for n, row in enumerate(rows)]],
+        DataSetCard("set"),
+        lambda row: Rendered(png(random.integers(0, 256, (40, 40))), "png"),
+        (tmp_path / "set").as_uri(),
+        storage,
+        KeyHasher(b"0" * 32),
+        BuildRule(),
+    )
+    shards = (tmp_path / "set" / "shards.json").as_uri()
+    with pytest.raises(EvaluationDataError, match=r"no usable sample in val; build the set .*--validation draws val"):
+        evaluate(request_of(checkpoint, shards, "knn"), storage, CPU)
+    assert "health/rankme" in evaluate(request_of(checkpoint, shards, "health"), storage, CPU).scores
 
 
 def test_a_second_evaluation_of_the_same_set_costs_no_second_pass(checkpoint, phantoms, storage):

@@ -19,15 +19,15 @@ CPU = torch.device("cpu")
 GRID = (8, 8)
 
 
-def scene(seed=0, informative=True):
-    """Discs whose patch features are their share of the disc, mixed into 12 dimensions, with noise."""
+def scene(seed=0, informative=("train", "val", "test")):
+    """Discs whose patch features are their share of the disc, mixed into 12 dimensions, with noise; or noise alone."""
     random = np.random.default_rng(seed)
     mixing = random.normal(size=(2, 12))
     patches, masks, groups = {}, {}, {}
     for split, images in (("train", 20), ("val", 8), ("test", 12)):
         discs = [disc(*random.uniform(10, 22, 2), random.uniform(5, 9)) for _ in range(images)]
         shares = np.stack([class_shares(d, 2, GRID).numpy() for d in discs])
-        features = shares @ mixing if informative else np.zeros((images, 64, 12))
+        features = shares @ mixing if split in informative else np.zeros((images, 64, 12))
         patches[split] = (features + 0.1 * random.normal(size=(images, 64, 12))).astype(np.float16)
         masks[split] = [png(d) for d in discs]
         groups[split] = np.arange(images)
@@ -46,9 +46,31 @@ def test_a_planted_structure_is_found_by_both_probes():
 
 
 def test_nothing_is_found_in_noise_although_the_background_alone_looks_good():
-    finding = segment_probe(scene(informative=False), (10,), temperature=0.07, resamples=0, seed=0, device=CPU)
+    finding = segment_probe(scene(informative=()), (10,), temperature=0.07, resamples=0, seed=0, device=CPU)
     assert finding.scores["logreg_dice_foreground"].value < 0.3
     assert finding.scores["dice_mean"].value > finding.scores["dice_foreground"].value + 0.2
+
+
+def test_validation_scores_are_of_the_validation_images_and_of_what_was_chosen_by_them():
+    blind = scene(informative=("train", "val"))
+    finding = segment_probe(blind, (10, 20), temperature=0.07, resamples=0, seed=0, device=CPU)
+    scores = {metric: score.value for metric, score in finding.scores.items()}
+    method, candidate = finding.chosen.split()
+    assert scores["val_dice_foreground"] == finding.details[method]["validation_dice_foreground"][candidate]
+    assert scores["val_dice_foreground"] > 0.85 > scores["dice_foreground"] + 0.3
+    for name in ("knn", "logreg"):
+        found = finding.details[name]["validation_dice_foreground"]
+        assert scores[f"val_{name}_dice_foreground"] == max(found.values())
+    assert {m for m in scores if m.startswith("val_")} == {f"val_{m}" for m in scores if not m.startswith("val_")}
+
+
+def test_images_without_any_foreground_have_no_foreground_scores_and_are_no_fault():
+    problem = scene()
+    empty = {split: [png(np.zeros((32, 32)))] * len(masks) for split, masks in problem.masks.items()}
+    bare = SegmentProblem(problem.classes, problem.grid, problem.patches, empty, problem.groups)
+    finding = segment_probe(bare, (10,), temperature=0.07, resamples=0, seed=0, device=CPU)
+    assert finding.scores["val_dice_mean"].value == finding.scores["dice_mean"].value == 1
+    assert not [name for name in finding.scores if name.endswith("dice_foreground")]
 
 
 def test_the_numbers_are_the_same_each_time():

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from chaos import LocalRun, differences, disturb, write_job
 
-from sonoforge_trainer.contract import RunSummary
+from sonoforge_trainer.contract import EvaluationResult, RunSummary
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
@@ -43,6 +44,32 @@ def test_every_checkpoint_of_a_run_is_evaluated_once_and_the_page_is_written(cal
     assert page.count("<figure") >= 2
     summary = RunSummary.from_json((folder / "state" / "calm" / "summary.json").read_text())
     assert [c.ref.step for c in summary.checkpoints] == [0, 16, 32]
+
+
+def test_the_best_checkpoint_of_a_run_is_the_best_on_validation_and_the_page_says_so(calm, folder):
+    """By the results in storage, which the runner never reads."""
+    found = {}
+    for checkpoint in calm.status.checkpoints:
+        (result,) = Path(checkpoint.ref.uri.removeprefix("file://")).glob("eval/*.json")
+        found[checkpoint.ref.id] = EvaluationResult.from_json(result.read_bytes()).scores
+    val = {id_: scores["knn/val_f1_macro"].value for id_, scores in found.items()}
+    assert len(set(val.values())) > 1
+    assert calm.status.best == max(val, key=val.__getitem__)
+    assert calm.status.best_compared == pytest.approx(val[calm.status.best], abs=1e-6)
+    assert calm.status.best_score == pytest.approx(found[calm.status.best]["knn/f1_macro"].value, abs=1e-6)
+    page = (folder / "state" / "calm" / "report.html").read_text()
+    assert "chosen on validation, by tiny-knn/val_f1_macro" in page
+
+
+def test_every_trained_checkpoint_has_the_three_health_numbers(calm):
+    start, *trained = calm.status.checkpoints
+    assert start.score("tiny-health/teacher_entropy") is None
+    for checkpoint in trained:
+        logged = calm.metrics[checkpoint.ref.step]["teacher_entropy"]
+        assert checkpoint.score("tiny-health/teacher_entropy") == pytest.approx(logged, abs=1e-6)
+    for checkpoint in calm.status.checkpoints:
+        assert checkpoint.score("tiny-health/rankme") >= 1
+        assert checkpoint.score("tiny-health/feature_deviation") > 0
 
 
 def test_each_step_uses_every_virtual_rank_and_an_epoch_uses_every_sample_once(calm):

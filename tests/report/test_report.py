@@ -59,7 +59,7 @@ class Page(HTMLParser):
 def summary(tmp_path: Path) -> RunSummary:
     """A run of three checkpoints, with logs, results and pictures on disk."""
     checkpoints = []
-    for step, score in ((0, 0.25), (10, 0.75), (20, 0.5)):
+    for step, score, val in ((0, 0.25, 0.125), (10, 0.75, 0.875), (20, 0.5, 0.625)):
         ref = CheckpointRef(
             step=step,
             samples=step * 32,
@@ -93,7 +93,10 @@ def summary(tmp_path: Path) -> RunSummary:
         checkpoints.append(
             CheckpointSummary(
                 ref=ref,
-                scores={"planes-knn/f1_macro": Score(value=score, low=score - 0.1, high=score + 0.1)},
+                scores={
+                    "planes-knn/f1_macro": Score(value=score, low=score - 0.1, high=score + 0.1),
+                    "planes-knn/val_f1_macro": Score(value=val),
+                },
                 results=(request.result_uri,),
                 best=step == 10,
             )
@@ -128,6 +131,25 @@ def test_the_margin_over_the_random_initialisation_is_shown(summary):
     text = render(summary, Storage.from_env())
     assert "+0.2500" in text
     assert "raw pixels 0.4000" in text
+
+
+def test_the_page_says_that_the_best_was_chosen_on_validation_and_shows_by_what(summary):
+    text = render(summary, Storage.from_env())
+    assert "chosen on validation, by planes-knn/val_f1_macro; its test scores had no say" in text
+    assert "best, chosen on validation" in text
+    assert '<th scope="col">planes-knn/val_f1_macro</th>' in text
+    assert "<td>0.8750</td>" in text
+
+
+def test_a_choice_by_a_score_without_labels_is_not_said_to_be_on_validation(summary):
+    checkpoints = tuple(
+        c.model_copy(update={"scores": {"planes-health/rankme": Score(value=float(c.ref.step))}})
+        for c in summary.checkpoints
+    )
+    changes = {"best_by": "planes-health/rankme", "checkpoints": checkpoints}
+    text = render(summary.model_copy(update=changes), Storage.from_env())
+    assert "chosen by planes-health/rankme, which needs no labels" in text
+    assert "chosen on validation" not in text
 
 
 def test_texts_are_escaped(summary):

@@ -12,14 +12,14 @@ from typing import Any
 import structlog
 import torch
 
-from sonoforge_trainer.contract import Activity, CheckpointRef, Progress, RunConfig, ShardManifest
+from sonoforge_trainer.contract import METRICS, Activity, CheckpointRef, Progress, RunConfig, ShardManifest
 from sonoforge_trainer.coordinator_client import ProgressPublisher
 from sonoforge_trainer.flops import training_flops
 from sonoforge_trainer.metrics import CommittedLog, Gpu, Means, StepClock, TensorBoard, peak_flops
 from sonoforge_trainer.ranks import Ranks
 from sonoforge_trainer.step import StepReport
 
-METRICS, SAMPLES = "metrics.jsonl", "samples"
+SAMPLES = "samples"
 
 log = structlog.get_logger(__name__)
 

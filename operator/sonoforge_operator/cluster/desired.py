@@ -246,8 +246,10 @@ def small_job(job: ClusterJob, child: Child, owner: Manifest) -> Manifest:
         case _:
             assert child.request is not None
             annotations[ANNOTATION_REQUEST] = child.request.to_json()
+            best_by = job.file.job.spec.evaluation.best_by
+            decides = (f"--best-by={best_by}",) if best_by and child.kind == "evaluation" else ()
             floors = ("--floors",) if child.kind == "floor" else ()
-            command = ("eval", *floors, "--request", REQUEST_FILE)
+            command = ("eval", *floors, *decides, "--request", REQUEST_FILE)
     plan = PodPlan(
         part=part,
         command=(*_TRAINER, *command),

@@ -8,11 +8,12 @@ never deleted.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
@@ -25,6 +26,7 @@ from sonoforge_trainer.checkpoint.identity import RunIdentity, utc_text
 from sonoforge_trainer.contract import (
     COMMIT,
     MANIFEST,
+    METRICS,
     MODEL_CARD,
     QUARANTINE,
     TEACHER,
@@ -199,6 +201,18 @@ class CheckpointStore:
         self._read(uri, objects[MODEL_CARD], memoryview(card))
         part = self._read_tensor_file(uri, objects[TEACHER])
         return LoadedTeacher(manifest, ModelCard.from_json(bytes(card), where=MODEL_CARD), merge(uri, (part,)))
+
+    def metric_records(self, uri: str, manifest: CheckpointManifest) -> list[dict[str, Any]]:
+        """The metric records of the steps between the checkpoint before and this one; none where it has no log.
+
+        Raises DamagedCheckpointError, StorageError.
+        """
+        stored = next((stored for stored in manifest.objects if stored.name == METRICS), None)
+        if stored is None:
+            return []
+        text = bytearray(stored.bytes)
+        self._read(uri, stored, memoryview(text))
+        return [json.loads(line) for line in text.splitlines()]
 
     def latest_valid(self, verify: bool = True) -> CheckpointRef | None:
         """The newest sound checkpoint, or None where there never was one.

@@ -3,6 +3,7 @@
 <uri>/step-0000012345/attempt-<id>/state-00000-of-00002.safetensors   training state, one part a process
                                    teacher.safetensors                the backbone to use
                                    model-card.json                    what the backbone expects
+                                   metrics.jsonl                      metric records since the checkpoint before
                                    manifest.json                      all of the above, with sizes and digests
                                    COMMIT                             the manifest's digest; written last
 """
@@ -19,6 +20,7 @@ from sonoforge_trainer.contract.config import Arch
 from sonoforge_trainer.contract.shards import Sha256
 
 MANIFEST, COMMIT, TEACHER, MODEL_CARD = "manifest.json", "COMMIT", "teacher.safetensors", "model-card.json"
+METRICS = "metrics.jsonl"
 QUARANTINE = "QUARANTINE"
 """Object that marks a checkpoint as damaged; its body says why. Nothing of a quarantined checkpoint is deleted."""
 

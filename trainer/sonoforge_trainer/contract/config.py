@@ -321,7 +321,7 @@ class CheckpointConfig(Part):
     keep_every_samples: PositiveInt | None = None
     """Keep also the first one at or after each multiple of this."""
     keep_best: NonNegativeInt = 1
-    """Keep also the ones with the best scores."""
+    """Keep also the ones with the best scores, compared on validation as bestBy is."""
 
     @property
     def interval_seconds(self) -> int | None:

@@ -12,6 +12,10 @@ from sonoforge_trainer.contract.shards import Sha256
 Protocol = Literal["knn", "linear", "logreg", "fewshot", "segment-probe", "health"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 """Every protocol."""
+VALIDATION_PREFIX = "val_"
+"""Begins the metric that says on the validation split what the metric without it says on the test split."""
+_UNLABELLED: tuple[Protocol, ...] = ("health",)
+"""Protocols that use neither labels nor splits: there is nothing that choosing by their scores could leak."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 
 
@@ -71,7 +75,7 @@ class Score(Part):
     """One number with what is known of its spread."""
 
     value: float
-    """The number, measured on the test split."""
+    """The number: on the test split; on the validation split for a val_ metric; on all images for health."""
     low: float | None = None
     """Lower end of the 95 % interval (bootstrap over patients)."""
     high: float | None = None
@@ -96,7 +100,7 @@ class EvaluationResult(Part):
     counts: dict[str, int]
     """Samples by split."""
     scores: dict[str, Score]
-    """PROTOCOL/METRIC to score, for example knn/f1_macro."""
+    """PROTOCOL/METRIC to score: knn/f1_macro on test, and knn/val_f1_macro is the same on validation."""
     chosen: dict[str, str] = {}
     """What was selected on the validation split, by protocol."""
     details: dict[str, object] = {}
@@ -107,6 +111,29 @@ class EvaluationResult(Part):
     """Passes over the images: 1, or 0 where cached features were used."""
     pictures: tuple[str, ...] = ()
     """Names of picture objects beside the result."""
+
+
+def validation_score(name: str) -> str:
+    """The validation counterpart of a score: planes-knn/val_f1_macro of planes-knn/f1_macro."""
+    model, _, metric = name.partition("/")
+    return f"{model}/{VALIDATION_PREFIX}{metric}"
+
+
+def is_validation_score(name: str) -> bool:
+    """Whether a score was measured on the validation split."""
+    return name.partition("/")[2].startswith(VALIDATION_PREFIX)
+
+
+def selection_score(name: str) -> str:
+    """The score that checkpoints are compared by where `name` is to be best, so that no test split ever chooses.
+
+    The validation counterpart; a score of a protocol without labels stands for itself. With or without the name of the
+    evaluation before the protocol.
+    """
+    model = name.partition("/")[0]
+    if any(model == protocol or model.endswith(f"-{protocol}") for protocol in _UNLABELLED):
+        return name
+    return validation_score(name)
 
 
 def split_score(name: str) -> tuple[str, str, str]:

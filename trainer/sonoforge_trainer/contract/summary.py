@@ -20,7 +20,7 @@ class CheckpointSummary(Part):
     failed: tuple[str, ...] = ()
     """Evaluations that failed, with their reasons."""
     best: bool = False
-    """Whether it has the best score."""
+    """Whether it is the best one, compared on validation."""
 
 
 class RunEvent(Part):
@@ -56,7 +56,7 @@ class RunSummary(Part):
     checkpoints_uri: str
     """Prefix of the run's checkpoints."""
     best_by: str | None = None
-    """Score that decides which checkpoint is best."""
+    """Score to be best by; checkpoints are compared by its validation counterpart."""
     checkpoints: tuple[CheckpointSummary, ...] = ()
     """Every checkpoint, oldest first."""
     floors: dict[str, Score] = {}

@@ -25,9 +25,13 @@ from sonoforge_trainer.contract import (
     Protocol,
     Score,
     Termination,
+    canonical_json,
+    is_validation_score,
+    selection_score,
 )
 
 _HEADLINES = ("balanced_accuracy", "f1_macro", "dice_foreground", "rankme", "accuracy", "auroc_macro")
+"""Metrics that are never left out of a termination message; neither are the scores that they are selected by."""
 _DIGITS = 6
 
 
@@ -43,6 +47,10 @@ _DIGITS = 6
 @click.option(
     "--floors", "only_floors", is_flag=True, help="Score raw pixels and other floors instead of a checkpoint."
 )
+@click.option(
+    "--best-by",
+    help="Score that checkpoints are compared by: never left out where the termination message is too long.",
+)
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Device.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all CPUs, or OMP_NUM_THREADS.")
 def command(
@@ -55,6 +63,7 @@ def command(
     where: tuple[str, ...],
     resolution: int | None,
     only_floors: bool,
+    best_by: str | None,
     device: str,
     threads: int | None,
 ) -> None:
@@ -93,25 +102,37 @@ def command(
             digest = digest or storage.read(f"{uri}/{COMMIT}").decode("ascii", "replace").strip()
             request = EvaluationRequest(checkpoint_uri=uri, checkpoint_digest=digest, evaluation=evaluation)
             scores = evaluate(request, storage, _device(device)).scores
-        termination.write(succeeded(scores))
+        termination.write(succeeded(scores, best_by.removeprefix(f"{evaluation.name}-") if best_by else None))
         click.echo(json.dumps({n: _rounded(s, intervals=True) for n, s in scores.items()}, indent=1, sort_keys=True))
 
 
-def succeeded(scores: Mapping[str, Score]) -> Termination:
-    """The termination message of an evaluation, as many of the scores as fit into it.
+def succeeded(scores: Mapping[str, Score], best_by: str | None = None) -> Termination:
+    """The termination message of an evaluation, as many of the scores as fit into it. The result object has all.
 
-    Intervals are left out first, then everything but the headline metrics of each protocol. The result object has all.
+    Intervals are left out first, then validation scores, then test scores. Never left out are `best_by` and the
+    headline metrics of each protocol, each with its validation counterpart: by those checkpoints are compared.
     """
-    for intervals, headlines in ((True, False), (False, False), (False, True)):
-        result: dict[str, object] = {
-            name: _rounded(score, intervals=intervals)
-            for name, score in scores.items()
-            if not headlines or name.rpartition("/")[2] in _HEADLINES
-        }
-        said = Termination(cause="done", result=result)
-        if len(said.to_json().encode()) <= termination.MAX_BYTES:
-            return said
-    raise AssertionError("six headline metrics of six protocols fit into a termination message")
+    with_intervals: dict[str, object] = {name: _rounded(score, intervals=True) for name, score in scores.items()}
+    if _bytes(with_intervals) <= termination.MAX_BYTES:
+        return Termination(cause="done", result=with_intervals)
+    kept = {name for name in scores if name.rpartition("/")[2] in _HEADLINES}
+    kept |= {best_by} if best_by else set()
+    kept |= {selection_score(name) for name in kept}
+    shown: dict[str, object] = {}
+    room = termination.MAX_BYTES - _bytes({})
+    for name in sorted(scores, key=lambda name: (name not in kept, is_validation_score(name))):
+        entry = _rounded(scores[name], intervals=False)
+        room -= len(canonical_json({name: entry}).encode()) - 1  # its braces are not there, a comma is
+        if room < 0:
+            assert name not in kept, "the headline metrics of six protocols fit into a termination message twice"
+            break
+        shown[name] = entry
+    return Termination(cause="done", result=shown)
+
+
+def _bytes(result: dict[str, object]) -> int:
+    """Size of the termination message with this result."""
+    return len(Termination(cause="done", result=result).to_json().encode())
 
 
 def _rounded(score: Score, *, intervals: bool) -> dict[str, float]:

@@ -2,19 +2,20 @@
 
 A draw has no validation split (one of ordinary size would hold far more labels than the draw), so the settings are
 fixed: k-NN with as many neighbours as shots, logistic regression with C = 1 on features standardised by the draw.
+The set's validation split is scored beside its test split, for those who compare checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from sonoforge_trainer.contract import Score
+from sonoforge_trainer.contract import VALIDATION_PREFIX, Score
 from sonoforge_trainer.evaluate.knn import knn_probabilities
 from sonoforge_trainer.evaluate.logreg import Standardiser, fit_path
-from sonoforge_trainer.evaluate.metrics import CLASSIFICATION_METRICS, Floats, Ints
+from sonoforge_trainer.evaluate.metrics import Floats, Ints
 from sonoforge_trainer.evaluate.problem import Finding, Problem
 
 _C = 1.0
@@ -40,8 +41,9 @@ def draw_rows(targets_n: Ints, groups_n: Ints, shots: int, seed: int) -> Ints | 
 def fewshot(
     problem: Problem, shots: Sequence[int], *, seeds: int, temperature: float, seed: int, device: torch.device
 ) -> Finding:
-    """Mean and standard deviation over draws of each metric, as `{knn|logreg}_{N}shot_{metric}`. One input only."""
+    """Mean and deviation over draws of each metric, as `[val_]{knn|logreg}_{N}shot_{metric}`. One input only."""
     (features,) = problem.inputs.values()
+    queries = {split: features[split] for split in ("val", "test")}
     values: dict[str, list[float]] = {}
     skipped, images = [], {}
     for n in shots:
@@ -56,14 +58,13 @@ def fewshot(
         for draw in known:
             drawn = features["train"][draw]
             targets = problem.targets["train"][draw]
-            for method, probabilities in (
-                ("knn", _knn(drawn, targets, features["test"], problem, n, temperature, device)),
-                ("logreg", _logreg(drawn, targets, features["test"], problem)),
+            for method, by_split in (
+                ("knn", _knn(drawn, targets, queries, problem, n, temperature, device)),
+                ("logreg", _logreg(drawn, targets, queries, problem)),
             ):
-                found = problem.predictions("test", probabilities).values()
-                for metric in CLASSIFICATION_METRICS:
-                    if metric in found:
-                        values.setdefault(f"{method}_{n}shot_{metric}", []).append(found[metric])
+                for split, prefix in (("val", VALIDATION_PREFIX), ("test", "")):
+                    for metric, value in problem.predictions(split, by_split[split]).values().items():
+                        values.setdefault(f"{prefix}{method}_{n}shot_{metric}", []).append(value)
     scores = {
         name: Score(value=float(np.mean(v)), deviation=float(np.std(v, ddof=1)) if len(v) > 1 else None)
         for name, v in values.items()
@@ -72,15 +73,22 @@ def fewshot(
 
 
 def _knn(
-    drawn: Floats, targets: Ints, test: Floats, problem: Problem, shots: int, temperature: float, device: torch.device
-) -> Floats:
-    k = min(shots, len(drawn))
-    return knn_probabilities(drawn, targets, len(problem.classes), test, (k,), temperature=temperature, device=device)[
-        k
-    ]
+    drawn: Floats,
+    targets: Ints,
+    queries: Mapping[str, Floats],
+    problem: Problem,
+    shots: int,
+    temperature: float,
+    device: torch.device,
+) -> dict[str, Floats]:
+    k, classes = min(shots, len(drawn)), len(problem.classes)
+    return {
+        split: knn_probabilities(drawn, targets, classes, rows, (k,), temperature=temperature, device=device)[k]
+        for split, rows in queries.items()
+    }
 
 
-def _logreg(drawn: Floats, targets: Ints, test: Floats, problem: Problem) -> Floats:
+def _logreg(drawn: Floats, targets: Ints, queries: Mapping[str, Floats], problem: Problem) -> dict[str, Floats]:
     scale = Standardiser(drawn)
     ((_, model),) = fit_path(scale(drawn), targets, len(problem.classes), (_C,))
-    return model.probabilities(scale(test))
+    return {split: model.probabilities(scale(rows)) for split, rows in queries.items()}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sonoforge_trainer.contract import Evaluation, Protocol, Score
+from sonoforge_trainer.contract import Evaluation, Protocol, Score, is_validation_score
 from sonoforge_trainer.evaluate.dataset import select
 from sonoforge_trainer.evaluate.features import PIXEL_SIDE, FeatureModel, Inputs, PixelModel
 from sonoforge_trainer.evaluate.metrics import Floats
@@ -60,7 +60,8 @@ class HogModel:
 def floors(evaluation: Evaluation, storage: Storage) -> dict[str, Score]:
     """Scores of every floor as `FLOOR:NAME-PROTOCOL/METRIC`, for example `raw-pixels:planes-knn/f1_macro`.
 
-    Health is left out. Deterministic, on the CPU. Raises what `evaluate` raises for the data set.
+    Health is left out, and so are validation scores: nothing is chosen among floors. Deterministic, on the CPU. Raises
+    what `evaluate` raises for the data set.
     """
     manifest = read_manifest(evaluation.shards, storage)
     protocols: list[Protocol] = [name for name in evaluation.protocols if name != "health"]
@@ -71,7 +72,11 @@ def floors(evaluation: Evaluation, storage: Storage) -> dict[str, Score]:
         selection = select(gathered.table, evaluation)
         material = Material(evaluation, model, gathered.features, selection, torch.device("cpu"))
         scores = named_scores(run_protocols(material, Clock(), protocols))
-        found |= {f"{floor}:{evaluation.name}-{name}": score for name, score in scores.items()}
+        found |= {
+            f"{floor}:{evaluation.name}-{name}": score
+            for name, score in scores.items()
+            if not is_validation_score(name)
+        }
     if "segment-probe" in protocols:
         scores = mean_mask(segment_problem_of(material), resamples=evaluation.bootstrap, seed=evaluation.seed)
         found |= {f"mean-mask:{evaluation.name}-segment-probe/{name}": score for name, score in scores.items()}

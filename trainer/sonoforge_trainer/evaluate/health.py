@@ -1,4 +1,8 @@
-"""Numbers about features that need no label: has the backbone collapsed, and does it find what it has seen?"""
+"""Numbers that need no label: has the teacher collapsed, and do its features find what belongs together?
+
+Features that collapsed are all alike: rank 1, no deviation. Targets that collapsed show in the teacher's entropy: near
+0 where one prototype takes everything, near ln(prototypes) where all are equal (arXiv 2104.14294, section 5.3).
+"""
 
 from __future__ import annotations
 
@@ -67,13 +71,26 @@ def same_group_retrieval(features_nd: Floats, groups: Sequence[object], device: 
     return hits / len(queries)
 
 
-def health(features_nd: Floats, clips: Sequence[int], patients: Sequence[str], device: torch.device) -> Finding:
-    """Health of one input over all images of the evaluation."""
+def health(
+    features_nd: Floats,
+    clips: Sequence[int],
+    patients: Sequence[str],
+    device: torch.device,
+    *,
+    teacher_entropy: float | None = None,
+) -> Finding:
+    """Health of one input over all images of the evaluation.
+
+    `teacher_entropy` is the one of training, in nats: it is made of the heads and the centring of a whole training
+    batch, and an exported teacher has neither.
+    """
     scores = {
         "rankme": Score(value=rankme(features_nd)),
         "effective_rank": Score(value=effective_rank(features_nd)),
         "feature_deviation": Score(value=feature_deviation(features_nd)),
     }
+    if teacher_entropy is not None:
+        scores["teacher_entropy"] = Score(value=teacher_entropy)
     known = [i for i, patient in enumerate(patients) if patient]
     for name, rows, groups in (
         ("same_clip_retrieval", list(range(len(clips))), [str(clip) for clip in clips]),

@@ -62,9 +62,9 @@ def fitting(ks: Sequence[int], samples: int) -> tuple[int, ...]:
 def knn(
     problem: Problem, ks: Sequence[int], *, temperature: float, resamples: int, seed: int, device: torch.device
 ) -> Finding:
-    """Select input and k by balanced accuracy on validation, report on test. Every k's test accuracy is in details."""
+    """Select input and k by balanced accuracy on validation, report on both. Every k's test accuracy is in details."""
     classes = len(problem.classes)
-    candidates, test, accuracies = {}, {}, {}
+    candidates, val, test, accuracies = {}, {}, {}, {}
     for name, features in problem.inputs.items():
         usable = fitting(ks, len(features["train"]))
         by_split = {
@@ -81,10 +81,12 @@ def knn(
         }
         for k in usable:
             candidate = f"{name} k={k}"
-            candidates[candidate] = problem.predictions("val", by_split["val"][k]).balanced_accuracy()
-            test[candidate] = by_split["test"][k]
+            val[candidate], test[candidate] = by_split["val"][k], by_split["test"][k]
+            candidates[candidate] = problem.predictions("val", val[candidate]).balanced_accuracy()
             accuracies[candidate] = problem.predictions("test", test[candidate]).values()
     chosen = best(candidates)
-    finding = report(problem, test[chosen], chosen=chosen, candidates=candidates, resamples=resamples, seed=seed)
+    finding = report(
+        problem, val[chosen], test[chosen], chosen=chosen, candidates=candidates, resamples=resamples, seed=seed
+    )
     finding.details["test_of_every_k"] = accuracies
     return finding

@@ -65,7 +65,7 @@ class Heads:
 
 
 def linear(problem: Problem, *, epochs: int, resamples: int, seed: int, device: torch.device) -> Finding:
-    """Train every head in one pass over the features, select by balanced accuracy on validation, report on test."""
+    """Train every head in one pass over the features, select by balanced accuracy on validation, report on both."""
     classes = len(problem.classes)
     features = {
         name: {split: _tensor(values, device) for split, values in by_split.items()}
@@ -86,20 +86,28 @@ def linear(problem: Problem, *, epochs: int, resamples: int, seed: int, device: 
             for name, group in heads.items():
                 group.step(features[name]["train"][batch], targets_nk[batch], schedule)
             step += 1
-    candidates, test = {}, {}
+    candidates, val, test = {}, {}, {}
     for name, group in heads.items():
-        val = torch.softmax(group.logits(features[name]["val"]), dim=2).cpu().numpy()
-        for rate, val_nk, test_nk in zip(
-            LEARNING_RATES, val, torch.softmax(group.logits(features[name]["test"]), dim=2).cpu().numpy(), strict=True
-        ):
+        val_hnk, test_hnk = (
+            torch.softmax(group.logits(features[name][split]), dim=2).cpu().numpy() for split in ("val", "test")
+        )
+        for rate, val_nk, test_nk in zip(LEARNING_RATES, val_hnk, test_hnk, strict=True):
             candidate = f"{name} lr={rate:g}"
             # A head whose learning rate is too high for the features overflows and can not be chosen.
             finite = bool(np.isfinite(val_nk).all() and np.isfinite(test_nk).all())
             candidates[candidate] = problem.predictions("val", val_nk).balanced_accuracy() if finite else -math.inf
-            test[candidate] = test_nk
+            val[candidate], test[candidate] = val_nk, test_nk
     chosen = best(candidates)
     finite_candidates = {name: value for name, value in candidates.items() if math.isfinite(value)}
-    return report(problem, test[chosen], chosen=chosen, candidates=finite_candidates, resamples=resamples, seed=seed)
+    return report(
+        problem,
+        val[chosen],
+        test[chosen],
+        chosen=chosen,
+        candidates=finite_candidates,
+        resamples=resamples,
+        seed=seed,
+    )
 
 
 def _tensor(values: Floats, device: torch.device) -> Tensor:

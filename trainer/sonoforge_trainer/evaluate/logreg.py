@@ -83,14 +83,16 @@ def _spread(weights: Floats, biases: Floats, present: Ints, classes: int) -> Lin
 
 
 def logreg(problem: Problem, *, resamples: int, seed: int, grid: Sequence[float] = C_GRID) -> Finding:
-    """Select input and C by balanced accuracy on validation, report on test."""
-    candidates, test = {}, {}
+    """Select input and C by balanced accuracy on validation, report on both."""
+    candidates, on_val, on_test = {}, {}, {}
     for name, features in problem.inputs.items():
         scale = Standardiser(features["train"])
         train, val, held_out = (scale(features[split]) for split in ("train", "val", "test"))
         for c, model in fit_path(train, problem.targets["train"], len(problem.classes), grid):
             candidate = f"{name} C={c:g}"
-            candidates[candidate] = problem.predictions("val", model.probabilities(val)).balanced_accuracy()
-            test[candidate] = model.probabilities(held_out)
+            on_val[candidate], on_test[candidate] = model.probabilities(val), model.probabilities(held_out)
+            candidates[candidate] = problem.predictions("val", on_val[candidate]).balanced_accuracy()
     chosen = best(candidates)
-    return report(problem, test[chosen], chosen=chosen, candidates=candidates, resamples=resamples, seed=seed)
+    return report(
+        problem, on_val[chosen], on_test[chosen], chosen=chosen, candidates=candidates, resamples=resamples, seed=seed
+    )

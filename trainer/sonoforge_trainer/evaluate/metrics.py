@@ -24,9 +24,6 @@ from sonoforge_trainer.contract import Score
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
-CLASSIFICATION_METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "auroc_macro")
-"""Names of the classification metrics, in the order of reports."""
-
 _CHUNK_ELEMENTS = 4_000_000
 """Elements of one temporary array of the bootstrap."""
 

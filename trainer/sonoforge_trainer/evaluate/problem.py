@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sonoforge_trainer.contract import Score
+from sonoforge_trainer.contract import VALIDATION_PREFIX, Score
 from sonoforge_trainer.evaluate.metrics import Floats, Ints, Predictions
 
 SPLITS = ("train", "val", "test")
@@ -52,25 +52,36 @@ class Finding:
     """What a protocol found: scores and details by metric, and what it selected on the validation split."""
 
     scores: dict[str, Score]
+    """On the test split; those whose metric begins with val_ on the validation split."""
     chosen: str = ""
     details: dict[str, object] = field(default_factory=dict)
 
 
 def report(
     problem: Problem,
-    probabilities_nk: Floats,
+    val_nk: Floats,
+    test_nk: Floats,
     *,
     chosen: str,
     candidates: Mapping[str, float],
     resamples: int,
     seed: int,
 ) -> Finding:
-    """The finding of a protocol that selected `chosen` among `candidates` by their validation scores."""
-    predictions = problem.predictions("test", probabilities_nk)
+    """The finding of a protocol that selected `chosen` among `candidates` by their validation scores.
+
+    `val_nk` and `test_nk` are the class probabilities of `chosen`, which was fitted on the training split alone.
+    """
+    predictions = problem.predictions("test", test_nk)
     details = predictions.details(problem.classes)
     details["validation_balanced_accuracy"] = dict(candidates)
     details["images"] = {split: len(targets) for split, targets in problem.targets.items()}
-    return Finding(predictions.scores(resamples=resamples, seed=seed), chosen, details)
+    scores = predictions.scores(resamples=resamples, seed=seed)
+    return Finding(scores | on_validation(problem.predictions("val", val_nk).values()), chosen, details)
+
+
+def on_validation(values: Mapping[str, float]) -> dict[str, Score]:
+    """Values of the validation split under the names of their own, without intervals: they compare checkpoints."""
+    return {f"{VALIDATION_PREFIX}{metric}": Score(value=value) for metric, value in values.items()}
 
 
 def best(candidates: Mapping[str, float]) -> str:

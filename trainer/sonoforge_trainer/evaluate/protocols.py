@@ -35,6 +35,8 @@ class Material:
     features: FeatureSet
     selection: Selection
     device: torch.device
+    teacher_entropy: float | None = None
+    """What training logged last before the checkpoint, in nats; None where it logged nothing, and for floors."""
 
 
 class Clock:
@@ -139,7 +141,13 @@ def _health(material: Material) -> Finding:
     records = [material.selection.table.records[row] for row in rows]
     ((parts),) = material.model.inputs["health"].values()
     features = material.features.joined(parts, rows)
-    return health(features, [r.clip for r in records], [r.patient for r in records], material.device)
+    return health(
+        features,
+        [r.clip for r in records],
+        [r.patient for r in records],
+        material.device,
+        teacher_entropy=material.teacher_entropy,
+    )
 
 
 _PROTOCOLS: Mapping[Protocol, Callable[[Material], Finding]] = {

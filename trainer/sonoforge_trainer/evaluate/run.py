@@ -49,9 +49,8 @@ def evaluate(request: EvaluationRequest, storage: Storage, device: torch.device)
         return known
     evaluation = request.evaluation
     clock = Clock()
-    teacher = CheckpointStore(storage, request.checkpoint_uri).load_teacher(
-        request.checkpoint_uri, request.checkpoint_digest
-    )
+    store = CheckpointStore(storage, request.checkpoint_uri)
+    teacher = store.load_teacher(request.checkpoint_uri, request.checkpoint_digest)
     model = BackboneModel(
         backbone_from_card(teacher.card, teacher.tensors), teacher.card, evaluation.resolution, device
     )
@@ -72,7 +71,9 @@ def evaluate(request: EvaluationRequest, storage: Storage, device: torch.device)
         "features ready", evaluation=evaluation.name, samples=len(gathered.table.records), passes=int(kept is None)
     )
     selection = select(gathered.table, evaluation)
-    material = Material(evaluation, model, gathered.features, selection, device)
+    records = store.metric_records(request.checkpoint_uri, teacher.manifest)
+    entropy = records[-1].get("teacher_entropy") if records else None
+    material = Material(evaluation, model, gathered.features, selection, device, teacher_entropy=entropy)
     findings = run_protocols(material, clock, evaluation.protocols)
     pictures = []
     if gathered.gallery:

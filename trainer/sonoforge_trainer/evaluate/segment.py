@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sonoforge_trainer.contract import Score
+from sonoforge_trainer.contract import VALIDATION_PREFIX, Score
 from sonoforge_trainer.evaluate.errors import EvaluationDataError
 from sonoforge_trainer.evaluate.knn import fitting, neighbour_votes, normalised
 from sonoforge_trainer.evaluate.logreg import Standardiser, fit_path
 from sonoforge_trainer.evaluate.metrics import Floats, Ints, confusion_matrix
 from sonoforge_trainer.evaluate.overlap import foreground_dice, overlap_details, overlap_scores
-from sonoforge_trainer.evaluate.problem import Finding, best
+from sonoforge_trainer.evaluate.problem import Finding, best, on_validation
 
 TRAIN_PATCHES = 10_000
 """Patches of the training set, over all images. Enough for a linear boundary, and a bank that k-NN gets through."""
@@ -130,10 +130,10 @@ def upsampled_classes(probabilities_khw: Tensor, size: tuple[int, ...]) -> Ints:
 def segment_probe(
     problem: SegmentProblem, ks: Sequence[int], *, temperature: float, resamples: int, seed: int, device: torch.device
 ) -> Finding:
-    """Both probes: select by pooled foreground Dice on validation, report Dice and IoU on test.
+    """Both probes: select by pooled foreground Dice on validation, report Dice and IoU on both.
 
-    Scores are `{dice|iou}_{mean|foreground}[_per_image]` of the candidate that is best on validation, and
-    `{knn|logreg}_dice_foreground` of the best of each probe.
+    Scores are `[val_]{dice|iou}_{mean|foreground}[_per_image]` of the candidate that is best on validation, and
+    `[val_]{knn|logreg}_dice_foreground` of the best of each probe.
     """
     features, shares = training_patches(problem, seed)
     images = len(problem.masks["val"])
@@ -149,15 +149,23 @@ def segment_probe(
         ("knn", _knn_candidates(features, shares, ks, temperature, device)),
         ("logreg", _logreg_candidates(features, shares)),
     ):
-        found = {n: foreground_dice(c) for n, c in confusions(problem, "val", candidates.all, validation).items()}
+        val = confusions(problem, "val", candidates.all, validation)
+        found = {n: foreground_dice(counts) for n, counts in val.items()}
         name = best(found)
         winner = f"{method} {name}"
         test = confusions(problem, "test", candidates.one(name), range(len(problem.masks["test"])))[name]
         winners[winner] = found[name]
+        overlaps = overlap_scores(val[name], problem.groups["val"][validation], resamples=0, seed=seed)
         scores[winner] = overlap_scores(test, problem.groups["test"], resamples=resamples, seed=seed)
+        scores[winner] |= on_validation({n: score.value for n, score in overlaps.items()})
         details[method] = {"validation_dice_foreground": found, **overlap_details(test, problem.classes)}
     chosen = best(winners)
-    of_methods = {f"{n.split()[0]}_dice_foreground": s["dice_foreground"] for n, s in scores.items()}
+    of_methods = {
+        f"{prefix}{winner.split()[0]}_dice_foreground": of_winner[f"{prefix}dice_foreground"]
+        for winner, of_winner in scores.items()
+        for prefix in ("", VALIDATION_PREFIX)
+        if f"{prefix}dice_foreground" in of_winner  # it is not defined where no mask has a foreground
+    }
     return Finding({**scores[chosen], **of_methods}, chosen, details)
 
 

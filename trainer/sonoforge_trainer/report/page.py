@@ -14,11 +14,14 @@ import jinja2
 import structlog
 
 from sonoforge_trainer.contract import (
+    METRICS,
     CheckpointSummary,
     ContractError,
     EvaluationResult,
     RunSummary,
     Score,
+    is_validation_score,
+    selection_score,
     split_score,
 )
 from sonoforge_trainer.report.charts import Series, line_chart
@@ -26,7 +29,6 @@ from sonoforge_trainer.storage import Storage, StorageError
 
 log = structlog.get_logger(__name__)
 
-METRICS = "metrics.jsonl"
 _MAX_POINTS = 600
 _DASHES = ("dashed", "dotted", "dash-dot")
 _LOSS_PARTS = ("loss", "loss_dino", "loss_ibot", "loss_koleo")
@@ -77,7 +79,8 @@ def render(summary: RunSummary, storage: Storage) -> str:
         summary=summary,
         config=json.dumps(summary.training.document(), indent=1),
         config_digest=summary.training.digest(),
-        names=score_names(summary),
+        names=_listed(summary),
+        deciding=deciding(summary),
         rows=comparison(summary),
         loss_chart=_chart("Loss parts", records, _LOSS_PARTS),
         charts=[(title, svg) for title, names, log_y in _CURVES if (svg := _chart(title, records, names, log_y=log_y))],
@@ -120,12 +123,19 @@ def evaluation_results(summary: RunSummary, storage: Storage) -> list[tuple[Chec
 
 
 def score_names(summary: RunSummary) -> list[str]:
-    """Every score that any checkpoint has."""
-    return sorted({name for c in summary.checkpoints for name in c.scores})
+    """Every score that any checkpoint has, without those on validation."""
+    return sorted({name for c in summary.checkpoints for name in c.scores if not is_validation_score(name)})
+
+
+def deciding(summary: RunSummary) -> str | None:
+    """The score that the best checkpoint was chosen by, or None where none was chosen."""
+    if summary.best_by is None or not any(c.best for c in summary.checkpoints):
+        return None
+    return selection_score(summary.best_by)
 
 
 def comparison(summary: RunSummary) -> list[Row]:
-    """For every score: random initialisation (step 0), last checkpoint, best checkpoint, floors."""
+    """For every score that is shown: random initialisation (step 0), last checkpoint, best checkpoint, floors."""
     scored = [c for c in summary.checkpoints if c.scores]
     if not scored:
         return []
@@ -190,6 +200,12 @@ def pictures(
             url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
             found.append(Picture(checkpoint.ref.id, checkpoint.ref.step, result.request.evaluation.name, url))
     return sorted(found, key=lambda p: (p.name, p.step))
+
+
+def _listed(summary: RunSummary) -> list[str]:
+    """The scores of the table of checkpoints: with the one that decided, so that the choice can be followed."""
+    names, decided = score_names(summary), deciding(summary)
+    return names if decided is None or decided in names else sorted([*names, decided])
 
 
 def _floors_of(name: str, floors: Mapping[str, Score]) -> list[tuple[str, Score]]:
