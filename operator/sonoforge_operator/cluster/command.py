@@ -65,6 +65,8 @@ class Options:
     """Where probes and metrics are served; port 0 for none."""
     poll_seconds: float
     """Time between two looks at the progress of a run."""
+    watch_silence_seconds: float
+    """Time after which a silent watch is made anew. The API server says something every minute."""
     identity: str
     """Name of this replica."""
 
@@ -85,6 +87,9 @@ class Options:
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address of probes and metrics.")  # noqa: S104 - a pod's
 @click.option("--port", default=8080, show_default=True, help="Port of probes and metrics; 0 serves none.")
 @click.option("--poll-seconds", default=2.0, show_default=True, help="Time between two looks at a run's progress.")
+@click.option(
+    "--watch-silence-seconds", default=70.0, show_default=True, help="A watch that is silent for so long is made anew."
+)
 def command(
     namespaces: tuple[str, ...],
     all_namespaces: bool,
@@ -96,6 +101,7 @@ def command(
     host: str,
     port: int,
     poll_seconds: float,
+    watch_silence_seconds: float,
 ) -> None:
     """Serve the PretrainJobs of one or several namespaces, until SIGTERM. Only one replica acts at a time."""
     if namespaces and all_namespaces:
@@ -112,6 +118,7 @@ def command(
         host=host,
         port=port,
         poll_seconds=poll_seconds,
+        watch_silence_seconds=watch_silence_seconds,
         identity=f"{socket.gethostname()}-{secrets.token_hex(4)}",
     )
     if kubeconfig:
@@ -189,7 +196,7 @@ async def _work(options: Options, state: _State, reconciler: Reconciler, wiring:
     namespaces = {*options.namespaces, options.own_namespace} if options.namespaces else ()
     watching = kopf.operator(
         registry=registry,
-        settings=settings(),
+        settings=settings(options.watch_silence_seconds),
         standalone=True,
         clusterwide=not options.namespaces,
         namespaces=namespaces,

@@ -92,12 +92,13 @@ def registry_of(wiring: Wiring, freshness: Callable[[], Freshness], lease_namesp
     return registry
 
 
-def settings() -> kopf.OperatorSettings:
-    """Settings of kopf."""
+def settings(watch_silence_seconds: float) -> kopf.OperatorSettings:
+    """Settings of kopf. A watch that says nothing for so long is made anew."""
     found = kopf.OperatorSettings()
     found.posting.enabled = False
     found.scanning.disabled = True
     found.watching.chunk_size = _PAGE
+    found.watching.inactivity_timeout = watch_silence_seconds
     found.networking.request_timeout = _REQUEST_SECONDS
     for kind in (CHECKPOINTS, *CHILDREN):
         found.watching.label_selectors[kind.api_version, kind.plural] = selector_of(kind)

@@ -1,0 +1,100 @@
+"""Faults between the operator and the real API server: nothing is stuck for longer than a bound, nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import yaml
+from components import wait_for
+from fault_proxy import FaultProxy
+from operators import OperatorProcess, apply_crds, grant
+from played import Played, Switchboard
+from test_life import JOB
+
+BOUND_SECONDS = 90
+"""Within this time a job that takes some 20 s is over, whatever the API server does meanwhile."""
+
+
+@dataclass
+class World:
+    """An operator behind a proxy, and a job that it has to bring to its end."""
+
+    proxy: FaultProxy
+    operator: OperatorProcess
+    played: Played
+    kubectl: Callable[..., str]
+
+    def get(self, *what: str) -> Any:
+        return json.loads(self.kubectl("get", *what, "--output=json"))
+
+    def phase(self) -> str:
+        return str(self.get("pj", "fetal").get("status", {}).get("phase"))
+
+    def wait_for_the_end(self) -> None:
+        wait_for(lambda: self.phase() == "Succeeded", f"Succeeded\n{self.operator.log_end()}", BOUND_SECONDS)
+
+    def check(self) -> None:
+        """Every checkpoint was evaluated once, and the operator never died."""
+        run = self.played.runs["fetal"]
+        assert {n for n in Counter(run.evaluated).values()} == {1}
+        assert len(run.evaluated) == 6
+        assert self.operator.process is not None
+        assert self.operator.process.poll() is None, self.operator.log_end()
+
+
+@pytest.fixture
+def world(control_plane, api_client, nodes, tmp_path) -> Iterator[World]:
+    apply_crds(control_plane)
+    namespace = f"faults-{secrets.token_hex(3)}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}}
+    control_plane.kubectl("create", "--filename=-", stdin=yaml.safe_dump(made))
+    direct = yaml.safe_load(grant(control_plane, namespace).read_text())
+    proxy = FaultProxy(control_plane.url, str(control_plane.directory / "ca.crt"))
+    direct["clusters"][0]["cluster"] = {"server": proxy.url}
+    kubeconfig = tmp_path / "proxied.kubeconfig"
+    kubeconfig.write_text(yaml.safe_dump(direct))
+    board = Switchboard()
+    operator = OperatorProcess(kubeconfig, namespace, tmp_path / "operator", board.url, "--watch-silence-seconds=5")
+    with Played(api_client, namespace, tmp_path / "played", board) as played, operator:
+        operator.wait_until_ready()
+        yield World(proxy, operator, played, lambda *a, **o: control_plane.kubectl(f"--namespace={namespace}", *a, **o))
+    board.close()
+    proxy.close()
+    control_plane.kubectl("delete", "namespace", namespace, "--wait=false")
+
+
+@pytest.mark.parametrize(
+    ("faults", "happened"),
+    [
+        ({"refuse": {409: 0.3}}, "refused 409"),
+        ({"refuse": {429: 0.2, 503: 0.2}}, "refused 429"),
+        ({"lose": 0.3}, "lost"),
+        ({"cut_watch_seconds": 1.0, "gone": 0.3}, "cut"),
+        ({"delay_seconds": 1.0}, "late"),
+    ],
+    ids=["conflicts", "too-many-requests", "lost-answers", "cut-and-expired-watches", "slow-answers"],
+)
+def test_a_job_ends_in_time_although(world, faults, happened):
+    with world.proxy.wrong(**faults):
+        world.kubectl("apply", "--filename=-", stdin=JOB)
+        world.wait_for_the_end()
+    assert world.proxy.counts[happened] > 0
+    world.check()
+
+
+def test_watches_that_fall_silent_are_noticed_and_replaced(world):
+    """Nothing is cut, nothing arrives: the worst a network does."""
+    world.kubectl("apply", "--filename=-", stdin=JOB)
+    wait_for(lambda: world.phase() == "Running", f"Running\n{world.operator.log_end()}", 60)
+    world.proxy.faults.silence = True
+    wait_for(lambda: world.proxy.counts["silenced"] > 0, "an event that nobody hears", 30)
+    world.proxy.faults.silence = False
+    world.wait_for_the_end()
+    world.check()
