@@ -42,7 +42,7 @@ class World:
     def check(self) -> None:
         """Every checkpoint was evaluated once, and the operator never died."""
         run = self.played.runs["fetal"]
-        assert {n for n in Counter(run.evaluated).values()} == {1}
+        assert set(Counter(run.evaluated).values()) == {1}
         assert len(run.evaluated) == 6
         assert self.operator.process is not None
         assert self.operator.process.poll() is None, self.operator.log_end()
