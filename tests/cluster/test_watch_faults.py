@@ -1,4 +1,4 @@
-"""Faults between the operator and the real API server: nothing is stuck for longer than a bound, nothing is done twice."""
+"""Faults between the operator and the real API server: nothing hangs longer than a bound, nothing is done twice."""
 
 from __future__ import annotations
 
