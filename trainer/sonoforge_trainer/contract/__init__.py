@@ -3,7 +3,15 @@
 Pure types on pydantic and the standard library; importing this package loads neither torch nor anything heavy.
 """
 
-from sonoforge_trainer.contract.base import ContractError, Part, canonical_json, load_yaml, load_yaml_documents
+from sonoforge_trainer.contract.base import (
+    ContractError,
+    Misfit,
+    Part,
+    canonical_json,
+    load_yaml,
+    load_yaml_documents,
+    refuse,
+)
 from sonoforge_trainer.contract.checkpoint import (
     COMMIT,
     MANIFEST,
@@ -38,6 +46,7 @@ from sonoforge_trainer.contract.config import (
     preset,
 )
 from sonoforge_trainer.contract.evaluation import (
+    METRICS,
     PROTOCOLS,
     Evaluation,
     EvaluationRequest,
@@ -70,6 +79,7 @@ __all__ = [
     "ENV_TERMINATION_LOG",
     "ENV_TOKEN_FILE",
     "MANIFEST",
+    "METRICS",
     "MODEL_CARD",
     "PRESETS",
     "PROTOCOLS",
@@ -93,6 +103,7 @@ __all__ = [
     "HeadConfig",
     "LossConfig",
     "MaskConfig",
+    "Misfit",
     "ModelCard",
     "ModelConfig",
     "OptimConfig",
@@ -118,5 +129,6 @@ __all__ = [
     "load_yaml_documents",
     "parse_prefix",
     "preset",
+    "refuse",
     "split_score",
 ]
