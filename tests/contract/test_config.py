@@ -207,6 +207,34 @@ def test_what_the_user_gives_replaces_the_preset_field_by_field():
     assert (config.recipe.augment.solarize, config.recipe.augment.vertical_flip) == (0.0, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("model", "depth"),
+    [
+        ({}, 4),
+        ({"arch": "vit_tiny"}, 4),
+        ({"arch": "vit_small"}, None),
+        ({"arch": "vit_small", "depth": 4}, 4),
+        ({"depth": None}, None),
+        ({"depth": 6}, 6),
+        (None, 4),
+    ],
+)
+def test_the_depth_of_a_preset_goes_with_its_architecture_and_null_resets_it(model, depth):
+    assert resolve(model=model, recipe={"preset": "tiny"}).model.depth == depth
+
+
+def test_null_for_what_cannot_be_null_is_an_error():
+    with pytest.raises(ContractError, match=r"recipe.globalBatch: found None. Allowed: a whole number > 0"):
+        resolve(recipe={"globalBatch": None})
+
+
+def test_a_section_without_lines_and_a_length_of_null_leave_the_preset():
+    schedule = {"warmupSamples": None, "freezeLastLayerSamples": 7}
+    config = resolve(recipe={"preset": "tiny", "budgetSamples": 32_000, "crops": None, "schedule": schedule})
+    assert config.recipe.crops.global_size == 48
+    assert (config.recipe.schedule.warmup_samples, config.recipe.schedule.freeze_last_layer_samples) == (1600, 7)
+
+
 def test_equal_configs_have_equal_digests_and_a_changed_seed_another():
     one, same, other = resolve(), resolve(model={"arch": "vit_large"}), resolve(recipe={"seed": 1})
     assert one.digest() == same.digest() != other.digest()
@@ -216,6 +244,8 @@ def test_a_config_survives_its_own_document():
     config = resolve(recipe={"preset": "tiny"})
     assert TrainConfig.from_json(config.to_json()) == config
     assert TrainConfig.resolve(config.document()) == config
+    full = resolve(model={"depth": None}, recipe={"preset": "tiny"})
+    assert TrainConfig.resolve(full.document()) == full
 
 
 def test_configs_cannot_be_changed():

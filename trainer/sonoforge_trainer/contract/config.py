@@ -58,7 +58,9 @@ class ModelConfig(Part):
     arch: Arch = "vit_large"
     """Architecture: vit_tiny 192x12, vit_small 384x12, vit_base 768x12, vit_large 1024x24, vit_giant2 1536x40."""
     depth: PositiveInt | None = None
-    """Number of blocks, where it should differ from the architecture's own."""
+    """Number of blocks, where it should differ from the architecture's own; null is the architecture's own.
+
+    A preset's depth goes with the preset's arch: who names another arch and no depth gets the other one's own."""
     patch_size: PositiveInt = 16
     """Side of a patch in pixels. Crop sizes must be multiples of it."""
     registers: NonNegativeInt = 0
@@ -306,7 +308,8 @@ class TrainConfig(Part):
     def resolve(cls, document: object, *, where: str = "training") -> Self:
         """Build a config from a document: the preset's numbers, replaced by what is given.
 
-        Schedule lengths that are not given keep their share of the budget. Raises ContractError.
+        A null is given too: it replaces a preset's value, where the field may be null. Schedule lengths that are not
+        given, or are null, keep their share of the budget. Raises ContractError.
         """
         if not isinstance(document, Mapping):
             raise ContractError(f"{where}: found {document!r}. Allowed: a mapping with the keys model, data, recipe")
@@ -314,7 +317,8 @@ class TrainConfig(Part):
         name = recipe.get("preset", "dinov2-short") if isinstance(recipe, Mapping) else "dinov2-short"
         if name not in PRESETS:
             raise ContractError(f"{where}.recipe.preset: found {name!r}. Allowed: one of {', '.join(PRESETS)}")
-        return cls.parse(_scale_schedule(preset(name), _merge(preset(name), document), document), where=where)
+        base = _depth_of_another_arch(preset(name), document)
+        return cls.parse(_scale_schedule(base, _merge(base, document), document), where=where)
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -410,11 +414,21 @@ def preset(name: Preset) -> Mapping[str, Any]:
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = _merge(merged[key], value)
-        elif value is not None or key not in merged:
+        before = merged.get(key)
+        if not isinstance(before, Mapping):
             merged[key] = value
+        elif value is not None:  # a section without lines is null in YAML, and replaces nothing
+            merged[key] = _merge(before, value) if isinstance(value, Mapping) else value
     return merged
+
+
+def _depth_of_another_arch(base: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The preset without its depth, where another architecture than the preset's is given."""
+    model = given.get("model")
+    arch = model.get("arch") if isinstance(model, Mapping) else None
+    if arch in (None, base["model"]["arch"]):
+        return base
+    return {**base, "model": {key: value for key, value in base["model"].items() if key != "depth"}}
 
 
 _SCHEDULE_LENGTHS = ("warmupSamples", "freezeLastLayerSamples", "teacherTemperatureSamples")
@@ -425,9 +439,9 @@ def _scale_schedule(base: Mapping[str, Any], merged: dict[str, Any], given: Mapp
     budget = recipe.get("budgetSamples")
     if not isinstance(budget, int) or isinstance(budget, bool) or not isinstance(recipe.get("schedule"), Mapping):
         return merged  # Validation names the fault.
-    chosen = ((given.get("recipe") or {}).get("schedule")) or {}
+    chosen = (given.get("recipe") or {}).get("schedule") or {}
     schedule = dict(recipe["schedule"])
     for name in _SCHEDULE_LENGTHS:
-        if name not in chosen:
+        if chosen.get(name) is None:
             schedule[name] = base["recipe"]["schedule"][name] * budget // base["recipe"]["budgetSamples"]
     return {**merged, "recipe": {**recipe, "schedule": schedule}}
