@@ -199,6 +199,7 @@ class S3Server:
             "-filer.localSocket=filer.sock",
             "-s3",
             f"-s3.port={self._port}",
+            "-s3.domainName=localhost",  # BUCKET.localhost is served too, where a client asks for a virtual host
             "-s3.config=s3.json",
             "-s3.localSocket=s3.sock",
             "-s3.port.iceberg=0",
