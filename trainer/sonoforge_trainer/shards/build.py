@@ -98,6 +98,8 @@ class BuildResult:
     """Shards written by this call."""
     reused: int
     """Shards found finished."""
+    completed: bool = True
+    """Whether this call completed the data set; it may have made no shard, and left out what an earlier one refused."""
 
 
 class RejectedError(DataSetError):
@@ -133,7 +135,7 @@ def build(
     finished = builder.open_output(whole)
     if finished is not None:
         builder.clear({shard.name for shard in finished.shards})
-        return BuildResult(finished, (), 0, len(finished.shards))
+        return BuildResult(finished, (), 0, len(finished.shards), completed=False)
     outcomes: dict[int, _Outcome] = {}
     rejected = 0
     for outcome in builder.run(plan, fingerprints):

@@ -296,7 +296,7 @@ def _say(result: BuildResult, target: Target) -> None:
     manifest = result.manifest
     if result.rejected:
         click.echo(f"Left out {len(result.rejected)} samples:\n{_listed(result.rejected)}", err=True)
-    if not result.made:
+    if not result.completed:
         click.echo("Nothing to do: this data set was finished before.", err=True)
     click.echo(f"{manifest.samples} samples in {len(manifest.shards)} shards, {manifest.bytes} bytes")
     click.echo(f"{manifest.dataset_digest}")
