@@ -115,7 +115,8 @@ def test_a_job_that_cannot_work_fails_at_once_and_says_why(folder, start):
     path = write_job(folder, "wrong", steps=8, nodes=2)
     text = path.read_text()
     digest = "sha256:" + "0" * 64
-    path.write_text(re.sub(r'data: \{shards: ("[^"]+")\}', rf"data: {{shards: \1, datasetDigest: '{digest}'}}", text))
+    text = re.sub(r'data: \{shards: ("[^"]+")\}', rf"data: {{shards: \1, datasetDigest: '{digest}'}}", text)
+    path.write_text(text.replace("  workers:", "  queueName: fast\n  ttlAfterFinished: 1h\n  workers:"))
     run = LocalRun(path)
     try:
         assert run.finish(120) == 1
@@ -127,6 +128,8 @@ def test_a_job_that_cannot_work_fails_at_once_and_says_why(folder, start):
     assert condition is not None
     assert condition.reason == "Configuration"
     assert "datasetDigest" in condition.message
+    told = re.findall(r"spec\.(\w+) means nothing on one machine", (run.state / "runner.log").read_text())
+    assert told == ["queueName", "ttlAfterFinished"]
 
 
 def test_a_changed_training_spec_is_refused_by_name(calm, folder):
