@@ -73,8 +73,11 @@ class GiveUpFacts:
     """What the decision to give up depends on, with the failure at hand already counted."""
 
     failure: Failure
+    """The failure at hand."""
     status: JobStatus
+    """What happened so far."""
     policy: RestartPolicy
+    """How much the job survives."""
 
 
 def configuration_is_wrong(facts: GiveUpFacts) -> Outcome | None:
@@ -169,12 +172,15 @@ class StallFacts:
     running: int
     """Nodes that run."""
     min_nodes: int
+    """Nodes without which the run waits."""
     policy: RestartPolicy
+    """When a pause is a stall."""
     since: float
     """Unix time of the newest start of a process."""
     coordinator_since: float
     """Unix time at which the coordinator started. It knows nothing that happened before; nor does it need to hurry."""
     now: float
+    """Unix time."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +188,11 @@ class Stall:
     """A run that does not step."""
 
     reason: Literal["Rendezvous", "Unreachable", "Checkpointing", "Collective", "DataStarved"]
+    """Where it hangs."""
     message: str
+    """One sentence."""
     restart: bool
+    """Whether a restart of the group is the remedy."""
 
 
 def coordinator_is_silent(facts: StallFacts) -> Stall | None:

@@ -34,13 +34,21 @@ class Target:
     """Where to write what, and how: the shared options of every builder."""
 
     output: str
+    """URI of the data set's folder."""
     name: str
+    """Name of the data set and of its shards."""
     licence: str
+    """Licence of the images."""
     citation: str
+    """How to cite them."""
     plan: PlanRule
+    """How samples are split and dealt to shards."""
     rule: BuildRule
+    """How to build."""
     hash_key_file: Path | None
+    """File with the key of the patient hashes; None draws one."""
     report: Path | None
+    """Private file that lists what was left out, with paths."""
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
