@@ -4,14 +4,14 @@
 
 Two runs of one job, same data and seed: one is left alone, the other loses a worker, an agent, the coordinator or the
 runner to SIGKILL again and again. Both must end with the same sample log and the same schedules, losses within the
-tolerance, and every checkpoint evaluated once. Prints the seconds from each kill to the next step.
+tolerance, nothing twice in any log, each sample once an epoch, and every checkpoint evaluated once. Prints the seconds
+from each kill to the next step. Fails also where fewer processes were killed than asked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
-import json
 import os
 import random
 import signal
@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from audit import Logs, epoch_faults, event_faults, log_faults, read_logs
 
 from sonoforge_operator.local import Endpoints
 from sonoforge_operator.status import JobStatus
-from sonoforge_trainer.contract import Progress
+from sonoforge_trainer.contract import Progress, RunConfig
 
+_LOOK_SECONDS = 0.05
 KINDS = ("worker", "agent", "coordinator", "runner")
 LOSS_TOLERANCE = 1e-4
 """Largest relative difference of the logged loss between two runs, over the whole run (fp32 on CPU). Seen: 2e-7 in 400
@@ -91,6 +93,10 @@ class Outcome:
     """Keyed hashes of the samples, by (step, virtual rank)."""
     metrics: dict[int, dict[str, Any]]
     """Metric record by step."""
+    logs: Logs
+    """The same records as they were committed, where one may be there twice."""
+    state: Path
+    """Folder of the runner."""
     kills: list[Kill] = field(default_factory=list)
 
 
@@ -197,7 +203,7 @@ class LocalRun:
             self.revive()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.job.stem}: nothing within {seconds:.0f} s\n{self.tail()}")
-            time.sleep(0.05)
+            time.sleep(_LOOK_SECONDS)
 
     def finish(self, seconds: float) -> int:
         """Wait for the end of the job. Returns the runner's exit code."""
@@ -211,18 +217,8 @@ class LocalRun:
     def outcome(self, kills: list[Kill] | None = None) -> Outcome:
         """Read back what the run committed."""
         status = JobStatus.from_json((self.state / "status.json").read_text())
-        samples: dict[tuple[int, int], list[str]] = {}
-        metrics: dict[int, dict[str, Any]] = {}
-        for checkpoint in status.checkpoints:
-            folder = Path(checkpoint.ref.uri.removeprefix("file://"))
-            for path in sorted(folder.glob("samples-*.jsonl")):
-                for line in path.read_text().splitlines():
-                    record = json.loads(line)
-                    samples[record["step"], record["vrank"]] = record["samples"]
-            for line in (folder / "metrics.jsonl").read_text().splitlines():
-                record = json.loads(line)
-                metrics[record["step"]] = record
-        return Outcome(status, samples, metrics, kills or [])
+        logs = read_logs(Path(c.ref.uri.removeprefix("file://")) for c in status.checkpoints)
+        return Outcome(status, dict(logs.samples), dict(logs.metrics), logs, self.state, kills or [])
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -235,23 +231,32 @@ def _is_worker(process: psutil.Process) -> bool:
 
 
 def disturb(run: LocalRun, *, kills: int, seed: int) -> list[Kill]:
-    """Kill random processes, each time after the run stepped again."""
+    """Kill random processes at random steps, each after the run stepped again. Returns the kills that were made."""
     draw = random.Random(seed)
     done: list[Kill] = []
+    at: list[int] = []
     while len(done) < kills:
         run.wait(lambda: _stepping(run, since=0.0) or _over(run))
-        time.sleep(draw.uniform(0.0, 2.0))  # any moment of a step, a checkpoint, an evaluation
+        before = run.progress()
         if _over(run):
             break  # the job ended before it was killed often enough
+        if before is None:
+            continue
+        # The last tenth is left to the last recovery.
+        at = at or sorted(draw.randint(1, before.steps * 9 // 10) for _ in range(kills))
+        if before.step < at[len(done)]:
+            time.sleep(_LOOK_SECONDS)
+            continue
+        time.sleep(draw.uniform(0.0, before.median_step_seconds or 0.0))  # any moment of a step
         kind = draw.choice(KINDS)
         targets = run.pids(kind)
         if not targets:
             continue
-        before = run.progress()
-        if before is None:
-            continue
         killed = time.time()
-        os.kill(draw.choice(sorted(targets)), signal.SIGKILL)
+        try:
+            os.kill(draw.choice(sorted(targets)), signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it ended by itself meanwhile
         # A worker's end is felt when the group has formed again: a step that was under way is no recovery.
         old_group = before.attempt if kind in ("worker", "agent") else None
         run.wait(lambda since=killed, group=old_group: _stepping(run, since=since, not_in=group) or _over(run))
@@ -297,7 +302,22 @@ def differences(one: Outcome, other: Outcome) -> list[str]:
             results = list(Path(checkpoint.ref.uri.removeprefix("file://")).glob("eval/*.json"))
             if len(results) != 1:
                 found.append(f"{checkpoint.ref.id} has {len(results)} results")
+        found += faults(outcome)
     return found
+
+
+def faults(outcome: Outcome) -> list[str]:
+    """What must not be in the logs and events of a run, whatever it is compared with."""
+    config = RunConfig.from_json((outcome.state / "config.json").read_text())
+    recipe = config.training.recipe
+    manifest = Path(config.training.data.shards.removeprefix("file://"))
+    hash_key = (outcome.state / "hash.key").read_bytes().strip()
+    found = [
+        *log_faults(outcome.logs, steps=recipe.steps, virtual_ranks=recipe.virtual_ranks),
+        *epoch_faults(outcome.logs, manifest, hash_key, virtual_ranks=recipe.virtual_ranks),
+        *event_faults(outcome.state / "events.jsonl", [c.ref.id for c in outcome.status.checkpoints]),
+    ]
+    return [f"{config.job}: {fault}" for fault in found]
 
 
 def loss_difference(one: Outcome, other: Outcome) -> float:
@@ -339,6 +359,8 @@ def main() -> int:
         wild.finish(3600)
         one, other = calm.outcome(), wild.outcome(kills)
         found = differences(one, other)
+        if len(kills) != options.kills:
+            found.append(f"{len(kills)} processes were killed, not {options.kills}; give more --steps")
     print(table(kills))
     print(f"restarts: {other.status.restarts}; steps done again: {other.status.lost_steps}")
     print(f"checkpoints: {len(other.status.checkpoints)}")

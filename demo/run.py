@@ -1,6 +1,7 @@
 """`make demo`: phantoms into a real S3 server, two elastic nodes that train on them, every checkpoint evaluated.
 
-Everything is kept in runs/demo. Run it again and it goes on where it was, or shows what it found.
+Everything is kept in runs/demo. Run it again and it goes on where it was, or shows what it found. It fails where the
+last checkpoint is not better than the random initialisation.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+from verdict import verdict
+
+from sonoforge_operator.api import parse_job_file
+from sonoforge_trainer.contract import RunSummary
 from sonoforge_trainer.storage.server import S3Server
 
 ROOT = Path(__file__).parents[1]
 STATE = ROOT / "runs" / "demo"
+SUMMARY = STATE / "summary.json"
 DATA_SETS = {
     "pretrain": ["--count=3000", "--splits=1,0,0", "--seed=1", "--frames=4"],
     "phantoms": ["--count=1000", "--splits=0.6,0.15,0.25", "--seed=2", "--frames=1", "--clips=1"],
@@ -35,7 +41,11 @@ def main() -> int:
         say(began, "4/4", "training and evaluating: manifests/samples/demo.yaml")
         job = ROOT / "manifests" / "samples" / "demo.yaml"
         code = sonoforge(environment, "run", str(job), f"--state={STATE}", check=False, show=True)
-    say(began, "done", f"{time.monotonic() - began:.0f} s")
+    if code == 0:
+        found = verdict(parse_job_file(job.read_text(), where=str(job)), RunSummary.from_json(SUMMARY.read_text()))
+        say(began, "4/4", found.sentence)
+        code = 0 if found.learned else 1
+    say(began, "done" if code == 0 else "failed", f"exit code {code}")
     return code
 
 

@@ -17,11 +17,13 @@ from sonoforge_trainer.contract import (
     ContractError,
     Evaluation,
     ExecutionConfig,
+    Misfit,
     Part,
     RunConfig,
     TrainConfig,
     is_validation_score,
     load_yaml_documents,
+    refuse,
 )
 
 GROUP = "sonoforge.dev"
@@ -95,7 +97,9 @@ class Workers(Part):
     max_nodes: Annotated[int, Field(ge=1)] = 1
     """Training grows up to this many. May change while the job runs."""
     gpus_per_node: Annotated[int, Field(ge=1)] = 1
-    """Processes on each node, one a GPU. On a machine without GPUs, processes."""
+    """Processes on each node, one a GPU. On a machine without GPUs, processes.
+
+    maxNodes x gpusPerNode is at most training.recipe.virtualRanks: a process without a virtual rank has no work."""
     node_selector: NodeSelector = {}
     """Labels that the nodes must have besides those that the runtime asks for, which cannot be changed here."""
 
@@ -183,6 +187,16 @@ class PretrainJobSpec(Part):
     """Save a checkpoint and release the nodes; false again continues from there."""
     ttl_after_finished: Duration | None = None
     """Delete the job this long after it finished."""
+
+    @model_validator(mode="after")
+    def _every_process_has_work(self) -> Self:
+        workers, virtual_ranks = self.workers, self.training.recipe.virtual_ranks
+        if workers.max_nodes * workers.gpus_per_node > virtual_ranks:
+            gpus = workers.gpus_per_node
+            limit = f"at most {virtual_ranks // gpus}" if gpus <= virtual_ranks else "none, lower workers.gpusPerNode"
+            why = f"maxNodes x workers.gpusPerNode {gpus} <= training.recipe.virtualRanks {virtual_ranks}"
+            refuse(Misfit("workers.maxNodes", workers.max_nodes, f"{limit} ({why})"))
+        return self
 
 
 class PretrainJob(Part):
@@ -467,16 +481,20 @@ def check_best_by(policy: EvaluationPolicy, evaluations: Iterable[Evaluation], *
         if policy.stop_after_no_gain:
             raise ContractError(f"{where}: required with stopAfterNoGain; name the score that decides")
         return
-    known = sorted(f"{e.name}-{p}" for e in evaluations for p in e.protocols)
-    if policy.best_by.split("/")[0] not in known:
-        raise ContractError(
-            f"{where}: found {policy.best_by!r}. Allowed: one of {', '.join(known) or '(no suite)'}, with /METRIC"
-        )
     if is_validation_score(policy.best_by):
         raise ContractError(
             f"{where}: found {policy.best_by!r}. Allowed: the score to show, without {VALIDATION_PREFIX!r} before its "
             "metric; checkpoints are compared on validation in any case"
         )
+    known = {f"{e.name}-{p}": e.metrics(p) for e in evaluations for p in e.protocols}
+    scorer, _, metric = policy.best_by.partition("/")
+    if scorer not in known:
+        allowed = f"one of {', '.join(sorted(known)) or '(no suite)'}, with /METRIC"
+    elif metric not in known[scorer]:
+        allowed = f"{scorer}/ with one of {', '.join(known[scorer])}"
+    else:
+        return
+    raise ContractError(f"{where}: found {policy.best_by!r}. Allowed: {allowed}")
 
 
 def seconds(duration: str) -> int:

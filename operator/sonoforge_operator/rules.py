@@ -94,8 +94,11 @@ class GiveUpFacts:
     """What the decision to give up depends on, with the failure at hand already counted."""
 
     failure: Failure
+    """The failure at hand."""
     status: JobStatus
+    """What happened so far."""
     policy: RestartPolicy
+    """How much the job survives."""
 
 
 def configuration_is_wrong(facts: GiveUpFacts) -> Outcome | None:
@@ -190,12 +193,15 @@ class StallFacts:
     running: int
     """Nodes that run."""
     min_nodes: int
+    """Nodes without which the run waits."""
     policy: RestartPolicy
+    """When a pause is a stall."""
     since: float
     """Unix time of the newest start of a process."""
     coordinator_since: float
     """Unix time at which the coordinator started. It knows nothing that happened before; nor does it need to hurry."""
     now: float
+    """Unix time."""
     waiting: str = ""
     """Why nodes that are needed do not run yet, in one word."""
     waiting_message: str = ""
@@ -209,7 +215,9 @@ class Stall:
     """Rendezvous, Unreachable, Checkpointing, Collective or DataStarved, or what keeps nodes from running:
     Unschedulable, ImagePull, WaitingForQueue, ContainerConfig."""
     message: str
+    """One sentence."""
     restart: bool
+    """Whether a restart of the group is the remedy."""
 
 
 def nodes_are_missing(facts: StallFacts) -> Stall | None:

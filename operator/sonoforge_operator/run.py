@@ -75,6 +75,8 @@ def command(job_file: Path, state: Path | None, quiet: bool) -> None:
     except LocalError as error:
         raise click.ClickException(str(error)) from None
     with Told() as told, make_display(file, quiet=quiet) as display:
+        for field in unread_fields(file):
+            display.say(f"spec.{field} means nothing on one machine and is not used; a cluster reads it")
         status = follow(port, display, job_file, told)
         if not status.terminal:
             display.say("stopping: workers save a checkpoint; Ctrl-C again does not wait for it")
@@ -88,6 +90,13 @@ def command(job_file: Path, state: Path | None, quiet: bool) -> None:
     page = write_report(port, status)
     click.echo(f"report: {page or 'could not be written; give the same command to try again'}")
     sys.exit(ExitCode.OK if status.phase == "Succeeded" else ExitCode.FAILED)
+
+
+def unread_fields(file: JobFile) -> list[str]:
+    """Fields of the job's spec that are given, and that only a cluster reads."""
+    spec = file.job.spec
+    given = {"queueName": spec.queue_name, "ttlAfterFinished": spec.ttl_after_finished}
+    return [name for name, value in given.items() if value]
 
 
 def follow(port: LocalPort, display: Display, job_file: Path, told: Told) -> JobStatus:

@@ -49,7 +49,57 @@ def test_importing_the_contract_loads_nothing_heavy():
         ),
         (
             {"data": DATA, "recipe": {"crops": {"globalScale": [0.1, 2.0]}}},
-            "training.recipe.crops.globalScale.1: found 2.0. Allowed: a number >= 0 <= 1",
+            "training.recipe.crops.globalScale.1: found 2.0. Allowed: a number > 0 <= 1",
+        ),
+        (
+            {"data": DATA, "recipe": {"crops": {"globalScale": [0.9, 0.3]}}},
+            "training.recipe.crops.globalScale: found [0.9, 0.3]. Allowed: two numbers, the lower one first",
+        ),
+        (
+            {"data": DATA, "recipe": {"crops": {"localScale": [0.3, 0.05]}}},
+            "training.recipe.crops.localScale: found [0.3, 0.05]. Allowed: two numbers, the lower one first",
+        ),
+        (
+            {"data": DATA, "recipe": {"crops": {"localScale": [0, 0.05]}}},
+            "training.recipe.crops.localScale.0: found 0. Allowed: a number > 0 <= 1",
+        ),
+        (
+            {"data": DATA, "recipe": {"masks": {"ratio": [0.5, 0.1]}}},
+            "training.recipe.masks.ratio: found [0.5, 0.1]. Allowed: two numbers, the lower one first",
+        ),
+        (
+            {"data": DATA, "recipe": {"augment": {"blurSigma": [2, 0.1]}}},
+            "training.recipe.augment.blurSigma: found [2, 0.1]. Allowed: two numbers, the lower one first",
+        ),
+        (
+            {"data": DATA, "recipe": {"augment": {"blurSigma": [0, 0.1]}}},
+            "training.recipe.augment.blurSigma.0: found 0. Allowed: a number > 0",
+        ),
+        (
+            {"data": DATA, "recipe": {"optim": {"betas": [0.9, 1.0]}}},
+            "training.recipe.optim.betas.1: found 1.0. Allowed: a number >= 0 < 1",
+        ),
+        (
+            {"data": DATA, "recipe": {"optim": {"minLr": 0.01}}},
+            "training.recipe.optim.minLr: found 0.01. Allowed: at most optim.baseLr, 0.004",
+        ),
+        (
+            {"data": DATA, "recipe": {"globalBatch": 64, "optim": {"minLr": 0.002}}},
+            "training.recipe.optim.minLr: found 0.002. Allowed: at most 0.001, the peak of optim.baseLr 0.004 at "
+            "globalBatch 64",
+        ),
+        (
+            {"data": DATA, "recipe": {"budgetSamples": 64_000, "schedule": {"warmupSamples": 64_001}}},
+            "training.recipe.schedule.warmupSamples: found 64001. Allowed: at most budgetSamples, 64000",
+        ),
+        (
+            {"data": DATA, "recipe": {"budgetSamples": 2047}},
+            "training.recipe.budgetSamples: found 2047. Allowed: at least one globalBatch, 2048",
+        ),
+        (
+            {"data": DATA, "recipe": {"globalBatch": 32}},
+            "training.recipe.virtualRanks: found 32. Allowed: at most globalBatch 32 / 2 with loss.koleo 0.1, which "
+            "needs 2 images a virtual rank; or loss.koleo 0",
         ),
         ([], "training: found []. Allowed: a mapping with the keys model, data, recipe"),
     ],
@@ -64,6 +114,29 @@ def test_all_faults_are_told_at_once():
     with pytest.raises(ContractError) as error:
         resolve(recipe={"globalBatch": 0, "seed": "x", "loss": {"kolео": 1}})
     assert len(str(error.value).splitlines()) == 3
+
+
+def test_fields_that_do_not_go_together_are_told_at_once():
+    with pytest.raises(ContractError) as error:
+        resolve(recipe={"budgetSamples": 100, "schedule": {"warmupSamples": 200}, "optim": {"minLr": 1}})
+    paths = [line.split(":")[0].removeprefix("training.recipe.") for line in str(error.value).splitlines()]
+    assert paths == ["budgetSamples", "schedule.warmupSamples", "optim.minLr"]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"crops": {"globalScale": [0.5, 0.5]}},
+        {"masks": {"ratio": [0, 1]}},
+        {"optim": {"minLr": 0.004}},
+        {"budgetSamples": 2048, "schedule": {"warmupSamples": 2048}},
+        {"globalBatch": 64},
+        {"globalBatch": 32, "loss": {"koleo": 0}},
+        {"optim": {"betas": [0, 0]}},
+    ],
+)
+def test_the_ends_of_what_is_allowed_are_allowed(recipe):
+    resolve(recipe=recipe)
 
 
 def test_a_batch_that_virtual_ranks_do_not_divide_is_refused_with_a_batch_that_fits():
@@ -134,6 +207,34 @@ def test_what_the_user_gives_replaces_the_preset_field_by_field():
     assert (config.recipe.augment.solarize, config.recipe.augment.vertical_flip) == (0.0, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("model", "depth"),
+    [
+        ({}, 4),
+        ({"arch": "vit_tiny"}, 4),
+        ({"arch": "vit_small"}, None),
+        ({"arch": "vit_small", "depth": 4}, 4),
+        ({"depth": None}, None),
+        ({"depth": 6}, 6),
+        (None, 4),
+    ],
+)
+def test_the_depth_of_a_preset_goes_with_its_architecture_and_null_resets_it(model, depth):
+    assert resolve(model=model, recipe={"preset": "tiny"}).model.depth == depth
+
+
+def test_null_for_what_cannot_be_null_is_an_error():
+    with pytest.raises(ContractError, match=r"recipe.globalBatch: found None. Allowed: a whole number > 0"):
+        resolve(recipe={"globalBatch": None})
+
+
+def test_a_section_without_lines_and_a_length_of_null_leave_the_preset():
+    schedule = {"warmupSamples": None, "freezeLastLayerSamples": 7}
+    config = resolve(recipe={"preset": "tiny", "budgetSamples": 32_000, "crops": None, "schedule": schedule})
+    assert config.recipe.crops.global_size == 48
+    assert (config.recipe.schedule.warmup_samples, config.recipe.schedule.freeze_last_layer_samples) == (1600, 7)
+
+
 def test_equal_configs_have_equal_digests_and_a_changed_seed_another():
     one, same, other = resolve(), resolve(model={"arch": "vit_large"}), resolve(recipe={"seed": 1})
     assert one.digest() == same.digest() != other.digest()
@@ -143,6 +244,8 @@ def test_a_config_survives_its_own_document():
     config = resolve(recipe={"preset": "tiny"})
     assert TrainConfig.from_json(config.to_json()) == config
     assert TrainConfig.resolve(config.document()) == config
+    full = resolve(model={"depth": None}, recipe={"preset": "tiny"})
+    assert TrainConfig.resolve(full.document()) == full
 
 
 def test_configs_cannot_be_changed():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from builders import JOB
 
 from sonoforge_operator.api import parse_job_file, seconds
 from sonoforge_trainer.contract import ContractError
+
+SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
 
 
 def test_a_job_with_its_suite_is_read():
@@ -31,6 +35,30 @@ def test_a_job_with_its_suite_is_read():
             "planes-knn/val_f1_macro",
             "spec.evaluation.bestBy: found 'planes-knn/val_f1_macro'. Allowed: the score to show, without 'val_'",
         ),
+        (
+            "planes-knn/f1_macro",
+            "planes-knn/f1_marco",
+            "bestBy: found 'planes-knn/f1_marco'. Allowed: planes-knn/ with one of accuracy, balanced_accuracy, f1",
+        ),
+        (
+            "maxNodes: 2",
+            "maxNodes: 3, gpusPerNode: 2",
+            "PretrainJob.spec.workers.maxNodes: found 3. Allowed: at most 2 (maxNodes x workers.gpusPerNode 2 <= "
+            "training.recipe.virtualRanks 4)",
+        ),
+        (
+            "maxNodes: 2",
+            "maxNodes: 1, gpusPerNode: 8",
+            "PretrainJob.spec.workers.maxNodes: found 1. Allowed: none, lower workers.gpusPerNode (maxNodes x "
+            "workers.gpusPerNode 8 <= training.recipe.virtualRanks 4)",
+        ),
+        (
+            "protocols: [knn]",
+            "protocols: [knn], k: [10, 0]",
+            "spec.evaluations.0.k.1: found 0. Allowed: a whole number",
+        ),
+        ("protocols: [knn]", "protocols: [knn], shots: []", "spec.evaluations.0.shots: found []. Allowed: a list of"),
+        ("protocols: [knn]", "protocols: [knn], resolution: 0", "spec.evaluations.0.resolution: found 0. Allowed: a"),
         ("preset: tiny", "preset: tinny", "spec.training.recipe.preset: found 'tinny'. Allowed: one of"),
         (
             "kind: EvalSuite",
@@ -46,6 +74,36 @@ def test_a_mistake_is_named_with_its_place(old, new, message):
     with pytest.raises(ContractError) as error:
         parse_job_file(JOB.replace(old, new), where="job.yaml")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("protocols", "best_by", "known"),
+    [
+        ("[fewshot], shots: [1, 3]", "planes-fewshot/logreg_3shot_f1_macro", True),
+        ("[fewshot], shots: [1, 3]", "planes-fewshot/logreg_5shot_f1_macro", False),
+        ("[segment-probe]", "planes-segment-probe/dice_foreground_per_image", True),
+        ("[segment-probe]", "planes-segment-probe/f1_macro", False),
+        ("[health, knn]", "planes-health/rankme", True),
+        ("[health, knn]", "planes-health/f1_macro", False),
+    ],
+)
+def test_the_metric_that_decides_is_one_that_its_protocol_reports(protocols, best_by, known):
+    text = JOB.replace("planes-knn/f1_macro", best_by).replace("protocols: [knn]", f"protocols: {protocols}")
+    if known:
+        assert parse_job_file(text, where="job.yaml").job.spec.evaluation.best_by == best_by
+    else:
+        with pytest.raises(ContractError, match=f"bestBy: found '{best_by}'. Allowed: {best_by.split('/')[0]}/ with"):
+            parse_job_file(text, where="job.yaml")
+
+
+def test_a_worker_for_each_virtual_rank_is_allowed():
+    text = JOB.replace("maxNodes: 2", "maxNodes: 2, gpusPerNode: 2")
+    assert parse_job_file(text, where="job.yaml").job.spec.workers.gpus_per_node == 2
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_sample_jobs_are_valid(path):
+    assert parse_job_file(path.read_text(), where=path.name).evaluations
 
 
 def test_two_jobs_in_a_file_are_refused():

@@ -137,6 +137,7 @@ def test_broken_images_are_all_named_by_number_and_hash_and_nothing_is_committed
     assert "Left out 2 samples" in skipped.output
     assert "6 samples in" in skipped.output
     assert ", kept" in skipped.output
+    assert "finished before" not in skipped.output
     assert report.stat().st_mode & 0o777 == 0o600
     assert report.read_text().splitlines()[1] == (
         f'3,{third},DOE^JANE-2.jpg,"not an image of a known kind (JPEG, PNG, TIFF, BMP, GIF, WEBP, PPM), or broken"'

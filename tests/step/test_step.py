@@ -244,9 +244,3 @@ def test_a_run_without_local_crops_and_masks_is_allowed(runs):
     report = Step(training, TrainState(training), Ranks.single(), CPU)(batches, 0).read()
     assert report.finite
     assert report.losses["ibot"] == 0
-
-
-def test_koleo_on_single_images_is_an_error_that_says_what_to_do(runs):
-    training = runs.config(virtual_ranks=4, global_batch=4)
-    with pytest.raises(ValueError, match=r"has no neighbour; use fewer recipe.virtualRanks"):
-        Step(training, TrainState(training), Ranks.single(), CPU)

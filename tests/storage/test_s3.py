@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -257,3 +258,22 @@ def test_settings_come_from_the_environment_and_wrong_ones_are_named():
     for name, value in (("ADDRESSING", "dns"), ("THREADS", "many"), ("THREADS", "0"), ("PART_BYTES", "1024")):
         with pytest.raises(ContractError, match=f"SONOFORGE_S3_.*found '?{value}"):
             StorageSettings.from_env({f"SONOFORGE_S3_{name}": value})
+
+
+def test_a_bucket_is_reached_as_a_virtual_host(s3, start_proxy, monkeypatch):
+    """Names below localhost are this machine (RFC 6761), but not every resolver knows; the server gets the name."""
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        "socket.getaddrinfo",
+        lambda host, *rest, **named: real("127.0.0.1" if str(host).endswith(".localhost") else host, *rest, **named),
+    )
+    proxy = start_proxy(s3.server.endpoint)
+    endpoint = proxy.endpoint.replace("127.0.0.1", "localhost")
+    storage = Storage(StorageSettings(endpoint=endpoint, addressing="virtual"))
+    uri = f"{s3.uri}/virtual"
+    storage.write(uri, b"data")
+    assert storage.read(uri) == b"data"
+    assert [info.uri for info in storage.list(s3.uri + "/")] == [uri]
+    assert s3.storage.read(uri) == b"data"
+    assert {request.headers["host"].partition(":")[0] for request in proxy.requests} == {"sonoforge.localhost"}
+    assert not any(request.target.startswith("/sonoforge/") for request in proxy.requests)

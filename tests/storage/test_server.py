@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from sonoforge_trainer.storage import StorageError
-from sonoforge_trainer.storage.server import S3Server
+from sonoforge_trainer.storage import Storage, StorageError
+from sonoforge_trainer.storage.server import S3Server, weed_binary
 
 RUN = "from sonoforge_trainer.storage.server import command; command()"
 
@@ -38,6 +39,56 @@ def test_the_command_serves_until_sigterm_keeps_its_objects_and_hides_its_key(tm
         assert secret not in "".join(lines)
         assert secret not in (directory / "server.log").read_text(errors="replace")
     assert {stat.S_IMODE((directory / name).stat().st_mode) for name in ("s3.json", "credentials")} == {0o600}
+
+
+OWN = """
+import sys
+from pathlib import Path
+from sonoforge_trainer.storage.server import S3Server
+server = S3Server(Path(sys.argv[1]))
+server.start()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_server_ends_with_a_parent_that_is_killed_and_the_next_one_starts_on_what_it_stored(
+    tmp_path, s3, monkeypatch
+):
+    with subprocess.Popen(
+        [sys.executable, "-c", OWN, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert "ready\n" in owner.stdout
+        server = psutil.Process(int((tmp_path / "server.pid").read_text().split()[0]))
+        assert server.name().startswith("weed")
+        with pytest.raises(StorageError, match=f"serves process {owner.pid} already"):
+            S3Server(tmp_path).start()
+        assert server.is_running()
+        owner.kill()
+    gone, _ = psutil.wait_procs([server], timeout=20)
+    assert gone == [server]
+    with S3Server(tmp_path) as again:
+        for name, value in again.environment().items():
+            monkeypatch.setenv(name, value)
+        Storage.from_env().write("s3://sonoforge/x", b"kept")
+        assert Storage.from_env().read("s3://sonoforge/x") == b"kept"
+
+
+def test_a_server_without_an_owner_is_ended_before_the_next_one_starts_and_a_stranger_is_not(tmp_path):
+    """The owner's process id is none, as of one that ended; the program and the folder are those of a server."""
+    nobody = 2**22 + 1  # above the largest process id of Linux
+    command = [str(weed_binary()), "filer", "-port=0", "-master=127.0.0.1:1"]
+    (tmp_path / "elsewhere").mkdir()
+    for folder, ended in ((tmp_path, True), (tmp_path / "elsewhere", False)):
+        left = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process = psutil.Process(left.pid)
+            (tmp_path / "server.pid").write_text(f"{left.pid} {nobody}")
+            with S3Server(tmp_path):
+                assert process.is_running() != ended
+        finally:
+            left.kill()
+            left.wait()
 
 
 def test_a_taken_port_is_an_error_with_the_reason(tmp_path, s3_server):

@@ -70,8 +70,7 @@ def test_a_wrong_configuration_names_the_field(tiny):
     [
         ({"device": "cuda"}, "execution.device"),
         ({"cache_bytes": 1000}, "execution.cacheBytes"),
-        ({"recipe": {"virtualRanks": 8}}, "recipe.virtualRanks"),
-        ({"recipe": {"globalBatch": 128, "virtualRanks": 1}}, "recipe.globalBatch"),
+        ({"recipe": {"budgetSamples": 128, "globalBatch": 128, "virtualRanks": 1}}, "recipe.globalBatch"),
     ],
 )
 def test_what_only_a_worker_can_find_wrong_is_a_configuration_error_that_names_the_field(here, changes, field):

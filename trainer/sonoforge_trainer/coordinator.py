@@ -233,16 +233,11 @@ def read_token(path: Path) -> str:
     type=click.Path(path_type=Path),
     help='Write {"store": "HOST:PORT", "http": "http://HOST:PORT"} here once both answer.',
 )
-@click.option("--die-with-parent", is_flag=True, help="End when the process that started this one ends (Linux).")
-def command(
-    host: str, store_port: int, http_port: int, token_file: Path, address_file: Path | None, die_with_parent: bool
-) -> None:
+def command(host: str, store_port: int, http_port: int, token_file: Path, address_file: Path | None) -> None:
     """Host a run's rendezvous store, show its progress and take requests, until SIGTERM."""
-    from sonoforge_trainer import logs, termination
+    from sonoforge_trainer import logs
 
     logs.configure(part="coordinator")
-    if die_with_parent:
-        termination.die_with_parent()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a client that hangs up is no news
     read_token(token_file)
 

@@ -26,9 +26,13 @@ class Box(NamedTuple):
     """A part of an image, in pixels."""
 
     top: int
+    """First row."""
     left: int
+    """First column."""
     height: int
+    """Rows."""
     width: int
+    """Columns."""
 
 
 _ATTEMPTS = 10

@@ -47,7 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--lost-timeout", type=int, default=3, metavar="SECONDS", help="workers' time to end after a node was lost")
     add("--exit-barrier", type=float, default=300.0, metavar="SECONDS", help="wait for other agents at the end")
     add("--max-restarts", type=int, default=1000, help="group re-formations after failures; budgets are the operator's")
-    add("--die-with-parent", action="store_true", help="end when the process that started this one ends (Linux)")
     add("--worker", default="sonoforge_trainer.train", metavar="MODULE", help="module that each worker runs")
     add("worker_arguments", nargs="*", metavar="-- ARGUMENT", help="passed to the worker")
     return parser
@@ -56,8 +55,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run an agent until its workers are done. Returns the exit code, an ExitCode."""
     options = _parser().parse_args(arguments)
-    if options.die_with_parent:
-        termination.die_with_parent()
     for name, value in {"--endpoint": options.endpoint, "--attempt": options.attempt}.items():
         if not value:
             return _end(Termination(cause="config", message=f"Give {name} or its environment variable."))

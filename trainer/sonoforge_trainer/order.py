@@ -31,9 +31,11 @@ class Piece(NamedTuple):
     """The part of a micro-batch that comes from one segment."""
 
     epoch: int
+    """The segment: one an epoch."""
     first: int
     """Position in the segment."""
     places: int
+    """Samples taken from there on."""
 
 
 class Places(NamedTuple):

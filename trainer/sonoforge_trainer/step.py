@@ -25,7 +25,7 @@ from sonoforge_trainer.centering import (
     targets,
     update_center,
 )
-from sonoforge_trainer.contract import ContractError, ExecutionConfig, TrainConfig
+from sonoforge_trainer.contract import ExecutionConfig, TrainConfig
 from sonoforge_trainer.loss import dino_loss, ibot_loss, koleo_loss, teacher_entropy
 from sonoforge_trainer.micro_batch import MicroBatch
 from sonoforge_trainer.model import compile_blocks
@@ -151,8 +151,7 @@ class Step:
     ) -> None:
         """Bind the step to a state that it will change, and to the processes of the run.
 
-        Raises ContractError where there are more processes than virtual ranks, or where a micro-batch of one image
-        leaves KoLeo without a neighbour.
+        Raises ContractError where there are more processes than virtual ranks.
         """
         execution = execution or ExecutionConfig()
         self.recipe, self.data = training.recipe, training.data
@@ -162,11 +161,7 @@ class Step:
         self.sums = Sums(state)
         cuda = self.device.type == "cuda"
         self.bf16 = execution.precision == "bf16" or (execution.precision == "auto" and cuda)
-        if self.recipe.micro_batch < 2 and self.recipe.loss.koleo:
-            raise ContractError(
-                f"recipe.loss.koleo is {self.recipe.loss.koleo} and a virtual rank has one image, which has no "
-                "neighbour; use fewer recipe.virtualRanks (2 images each at least), or koleo: 0"
-            )
+        assert self.recipe.micro_batch > 1 or not self.recipe.loss.koleo, "KoLeo needs a neighbour; the contract checks"
         if execution.compile or (execution.compile is None and cuda):
             compile_blocks(state.student.backbone)
             compile_blocks(state.teacher.backbone)

@@ -59,6 +59,7 @@ class Told:
     """Whether this process was told to stop."""
 
     stop: bool = False
+    """True from the first signal on."""
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Remember; the next step tells the others."""

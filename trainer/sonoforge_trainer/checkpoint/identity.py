@@ -15,12 +15,19 @@ class RunIdentity:
     """What every checkpoint of a run has in common. How the run is executed or retained is not part of it."""
 
     job: str
+    """Name of the job."""
     uid: str
+    """Identity of the job."""
     seed: int
+    """Seed of the recipe."""
     virtual_ranks: int
+    """Virtual ranks of the recipe."""
     config_digest: str
+    """Digest of the TrainConfig."""
     data_digest: str
+    """Digest of the data set."""
     image_digest: str = ""
+    """Digest of the container image; empty outside one."""
 
     @classmethod
     def of(cls, run: RunConfig, data_digest: str, image_digest: str = "") -> RunIdentity:

@@ -56,7 +56,9 @@ class LoadedCheckpoint:
     """A checkpoint in memory."""
 
     ref: CheckpointRef
+    """Where it was loaded from."""
     manifest: CheckpointManifest
+    """Its manifest, verified."""
     tensors: Mapping[str, Tensor]
     """The whole training state by name, on the CPU, as views into `parts`."""
     parts: tuple[Tensor, ...] = field(repr=False)
@@ -68,7 +70,9 @@ class LoadedTeacher:
     """The backbone of a checkpoint in memory."""
 
     manifest: CheckpointManifest
+    """Manifest of its checkpoint, verified."""
     card: ModelCard
+    """What the backbone expects of an image."""
     tensors: Mapping[str, Tensor]
     """By plain DINOv2 name, on the CPU."""
 
@@ -78,8 +82,11 @@ class Prefix:
     """What storage lists below one checkpoint's prefix."""
 
     uri: str
+    """The prefix, without a slash at its end."""
     step: int
+    """Optimiser steps, from its name."""
     attempt: str
+    """The attempt that wrote it, from its name."""
     objects: Mapping[str, ObjectInfo]
     """By name below the prefix."""
 

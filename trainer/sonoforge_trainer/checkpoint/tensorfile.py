@@ -40,7 +40,9 @@ class Place:
     """Where one tensor lies in a file."""
 
     dtype: torch.dtype
+    """Type of an element."""
     shape: tuple[int, ...]
+    """Shape of the tensor."""
     start: int
     """First byte, counted from the start of the file."""
     end: int
@@ -61,6 +63,7 @@ class Layout:
     header: bytes
     """Length field and JSON, padded to 8 bytes."""
     places: Mapping[str, Place]
+    """By tensor name."""
     size: int
     """Bytes of the whole file."""
 

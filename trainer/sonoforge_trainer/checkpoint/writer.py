@@ -82,6 +82,7 @@ class SaveResult:
     """How a save ended; the same on every rank."""
 
     step: int
+    """Optimiser steps done when it was saved."""
     ref: CheckpointRef | None
     """The committed checkpoint, or None."""
     error: CheckpointFailedError | None

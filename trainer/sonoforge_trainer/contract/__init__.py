@@ -3,7 +3,15 @@
 Pure types on pydantic and the standard library; importing this package loads neither torch nor anything heavy.
 """
 
-from sonoforge_trainer.contract.base import ContractError, Part, canonical_json, load_yaml, load_yaml_documents
+from sonoforge_trainer.contract.base import (
+    ContractError,
+    Misfit,
+    Part,
+    canonical_json,
+    load_yaml,
+    load_yaml_documents,
+    refuse,
+)
 from sonoforge_trainer.contract.checkpoint import (
     COMMIT,
     MANIFEST,
@@ -39,6 +47,7 @@ from sonoforge_trainer.contract.config import (
     preset,
 )
 from sonoforge_trainer.contract.evaluation import (
+    PROTOCOL_METRICS,
     PROTOCOLS,
     VALIDATION_PREFIX,
     Evaluation,
@@ -79,6 +88,7 @@ __all__ = [
     "MODEL_CARD",
     "PRESETS",
     "PROTOCOLS",
+    "PROTOCOL_METRICS",
     "QUARANTINE",
     "TEACHER",
     "VALIDATION_PREFIX",
@@ -100,6 +110,7 @@ __all__ = [
     "HeadConfig",
     "LossConfig",
     "MaskConfig",
+    "Misfit",
     "ModelCard",
     "ModelConfig",
     "OptimConfig",
@@ -126,6 +137,7 @@ __all__ = [
     "load_yaml_documents",
     "parse_prefix",
     "preset",
+    "refuse",
     "selection_score",
     "split_score",
     "validation_score",

@@ -8,13 +8,14 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import annotated_types
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 
 class ContractError(ValueError):
@@ -22,6 +23,30 @@ class ContractError(ValueError):
 
     The message has one line per fault: the path of the field, what was found and what is allowed.
     """
+
+
+class Misfit(NamedTuple):
+    """A field that does not go with another field of the same document."""
+
+    path: str
+    """The field, as a path from the part that checks it, for example `schedule.warmupSamples`."""
+    found: object
+    """Its value."""
+    allowed: str
+    """What would fit."""
+
+
+def refuse(*misfits: Misfit) -> None:
+    """Called by a validator with all it found: raises the validation error that tells each; does nothing for none."""
+    if misfits:
+        raise PydanticCustomError("misfit", "fields do not go together", {"misfits": misfits})
+
+
+def ordered(values: tuple[float, float]) -> tuple[float, float]:
+    """A validator for ranges: refuses one whose lower end is above its upper end."""
+    if values[0] > values[1]:
+        raise PydanticCustomError("range", "two numbers, the lower one first")
+    return values
 
 
 class Part(BaseModel):
@@ -127,6 +152,12 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str, show_va
                 lines.append(f"{path}: unknown key{hint} Allowed: {', '.join(names)}")
             case "missing":
                 lines.append(f"{path}: required, but not given. Allowed: {_allowed(model, location) or 'any value'}")
+            case "misfit":
+                for misfit in fault["ctx"]["misfits"]:
+                    value = f"found {_short(misfit.found)}" if show_values else "found a value that is not shown here"
+                    lines.append(f"{path}.{misfit.path}: {value}. Allowed: {misfit.allowed}")
+            case "range":
+                lines.append(f"{path}: {found}. Allowed: {fault['msg']}")
             case "value_error":
                 lines.append(f"{path}: {fault['ctx']['error']} ({found})")
             case _:

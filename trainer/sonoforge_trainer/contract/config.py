@@ -12,15 +12,18 @@ from functools import cache
 from importlib import resources
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from sonoforge_trainer.contract.base import ContractError, Part, load_yaml
+from sonoforge_trainer.contract.base import ContractError, Misfit, Part, load_yaml, ordered, refuse
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+Ordered = AfterValidator(ordered)
 
 PRESETS = ("dinov2-short", "ultradino", "tiny")
 """The presets that come with the trainer; each is `contract/presets/NAME.yaml`."""
@@ -55,7 +58,9 @@ class ModelConfig(Part):
     arch: Arch = "vit_large"
     """Architecture: vit_tiny 192x12, vit_small 384x12, vit_base 768x12, vit_large 1024x24, vit_giant2 1536x40."""
     depth: PositiveInt | None = None
-    """Number of blocks, where it should differ from the architecture's own."""
+    """Number of blocks, where it should differ from the architecture's own; null is the architecture's own.
+
+    A preset's depth goes with the preset's arch: who names another arch and no depth gets the other one's own."""
     patch_size: PositiveInt = 16
     """Side of a patch in pixels. Crop sizes must be multiples of it."""
     registers: NonNegativeInt = 0
@@ -66,7 +71,7 @@ class ModelConfig(Part):
     """Feed-forward layer of a block."""
     layer_scale: Positive = 1e-5
     """Initial value of LayerScale."""
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    drop_path: FractionBelowOne = 0.3
     """Uniform drop-path rate; whole samples of a batch are left out of a block, which saves their compute."""
     pos_embed: Literal["offset", "antialias"] = "offset"
     """How position embeddings are resized: `offset` (0.1, no antialias) as the DINOv2 base models, `antialias`
@@ -110,13 +115,13 @@ class CropsConfig(Part):
 
     global_size: PositiveInt = 224
     """Side of a global crop in pixels."""
-    global_scale: tuple[Fraction, Fraction] = (0.32, 1.0)
+    global_scale: Annotated[tuple[PositiveFraction, PositiveFraction], Ordered] = (0.32, 1.0)
     """Area range of a global crop, as a part of the image."""
     local_count: NonNegativeInt = 8
     """Number of local crops."""
     local_size: PositiveInt = 96
     """Side of a local crop in pixels."""
-    local_scale: tuple[Fraction, Fraction] = (0.05, 0.32)
+    local_scale: Annotated[tuple[PositiveFraction, PositiveFraction], Ordered] = (0.05, 0.32)
     """Area range of a local crop, as a part of the image."""
 
 
@@ -145,7 +150,7 @@ class AugmentConfig(Part):
     """Probability of dropping colour; does nothing on gray images."""
     blur: tuple[Fraction, Fraction, Fraction] = (0.0, 0.9, 0.5)
     """Probability of Gaussian blur on global crop 1, global crop 2 and local crops."""
-    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    blur_sigma: Annotated[tuple[Positive, Positive], Ordered] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels (kernel 9)."""
     solarize: Fraction = 0.2
     """Probability of solarisation at threshold 128, on global crop 2 only."""
@@ -156,7 +161,7 @@ class MaskConfig(Part):
 
     probability: Fraction = 0.5
     """Part of the global crops that are masked."""
-    ratio: tuple[Fraction, Fraction] = (0.1, 0.5)
+    ratio: Annotated[tuple[Fraction, Fraction], Ordered] = (0.1, 0.5)
     """Range of the masked part of a masked crop. The targets are fixed, so that shapes never change."""
 
 
@@ -168,7 +173,7 @@ class LossConfig(Part):
     ibot: NonNegative = 1.0
     """Weight of the iBOT loss on masked patches."""
     koleo: NonNegative = 0.1
-    """Weight of the KoLeo regulariser, computed in fp32 inside a virtual rank."""
+    """Weight of the KoLeo regulariser, computed in fp32 inside a virtual rank, which then needs 2 images at least."""
     centering: Literal["ema", "sinkhorn"] = "ema"
     """How teacher outputs become targets: moving-average centre, or Sinkhorn-Knopp over the global batch."""
     center_momentum: Fraction = 0.9
@@ -183,7 +188,7 @@ class ScheduleConfig(Part):
     """Schedules over samples seen. A length that is not given keeps its share of the budget."""
 
     warmup_samples: NonNegativeInt = 25_600_000
-    """Linear warm-up of the learning rate."""
+    """Linear warm-up of the learning rate; at most the budget."""
     freeze_last_layer_samples: NonNegativeInt = 2_560_000
     """The prototype layer does not learn before this."""
     teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07)
@@ -202,8 +207,8 @@ class OptimConfig(Part):
     base_lr: Positive = 0.004
     """Learning rate at a global batch of 1024; it scales with sqrt(globalBatch / 1024)."""
     min_lr: NonNegative = 1e-6
-    """Learning rate at the end of the cosine."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Learning rate at the end of the cosine; at most the peak that baseLr gives."""
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
     """AdamW coefficients."""
     clip_norm: NonNegative = 3.0
     """Gradient norm limit; 0 for none."""
@@ -223,7 +228,7 @@ class Recipe(Part):
     preset: Preset = "dinov2-short"
     """Where numbers that are not given come from."""
     budget_samples: PositiveInt = 256_000_000
-    """Length of the run: source images seen, counting repeats."""
+    """Length of the run: source images seen, counting repeats. At least one globalBatch."""
     global_batch: PositiveInt = 2048
     """Images in one optimiser step, whatever the number of processes."""
     virtual_ranks: PositiveInt = 32
@@ -264,6 +269,30 @@ class Recipe(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        batch, budget, optim, warmup = self.global_batch, self.budget_samples, self.optim, self.schedule.warmup_samples
+        peak = optim.base_lr * math.sqrt(batch / 1024)
+        misfits = []
+        if budget < batch:
+            misfits.append(Misfit("budgetSamples", budget, f"at least one globalBatch, {batch}"))
+        if warmup > budget:
+            misfits.append(Misfit("schedule.warmupSamples", warmup, f"at most budgetSamples, {budget}"))
+        if optim.min_lr > optim.base_lr:
+            misfits.append(Misfit("optim.minLr", optim.min_lr, f"at most optim.baseLr, {optim.base_lr:g}"))
+        elif optim.min_lr > peak:
+            rate = f"{peak:g}, the peak of optim.baseLr {optim.base_lr:g} at globalBatch {batch}"
+            misfits.append(Misfit("optim.minLr", optim.min_lr, f"at most {rate}"))
+        if self.loss.koleo and self.micro_batch < 2:
+            # KoLeo pushes an image away from its nearest neighbour in the micro-batch.
+            allowed = (
+                f"at most globalBatch {batch} / 2 with loss.koleo {self.loss.koleo:g}, which needs 2 images a virtual "
+                "rank; or loss.koleo 0"
+            )
+            misfits.append(Misfit("virtualRanks", self.virtual_ranks, allowed))
+        refuse(*misfits)
+        return self
+
 
 class TrainConfig(Part):
     """Everything the result of a run depends on: `spec.training` of a PretrainJob."""
@@ -279,7 +308,8 @@ class TrainConfig(Part):
     def resolve(cls, document: object, *, where: str = "training") -> Self:
         """Build a config from a document: the preset's numbers, replaced by what is given.
 
-        Schedule lengths that are not given keep their share of the budget. Raises ContractError.
+        A null is given too: it replaces a preset's value, where the field may be null. Schedule lengths that are not
+        given, or are null, keep their share of the budget. Raises ContractError.
         """
         if not isinstance(document, Mapping):
             raise ContractError(f"{where}: found {document!r}. Allowed: a mapping with the keys model, data, recipe")
@@ -287,7 +317,8 @@ class TrainConfig(Part):
         name = recipe.get("preset", "dinov2-short") if isinstance(recipe, Mapping) else "dinov2-short"
         if name not in PRESETS:
             raise ContractError(f"{where}.recipe.preset: found {name!r}. Allowed: one of {', '.join(PRESETS)}")
-        return cls.parse(_scale_schedule(preset(name), _merge(preset(name), document), document), where=where)
+        base = _depth_of_another_arch(preset(name), document)
+        return cls.parse(_scale_schedule(base, _merge(base, document), document), where=where)
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -383,11 +414,21 @@ def preset(name: Preset) -> Mapping[str, Any]:
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = _merge(merged[key], value)
-        elif value is not None or key not in merged:
+        before = merged.get(key)
+        if not isinstance(before, Mapping):
             merged[key] = value
+        elif value is not None:  # a section without lines is null in YAML, and replaces nothing
+            merged[key] = _merge(before, value) if isinstance(value, Mapping) else value
     return merged
+
+
+def _depth_of_another_arch(base: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The preset without its depth, where another architecture than the preset's is given."""
+    model = given.get("model")
+    arch = model.get("arch") if isinstance(model, Mapping) else None
+    if arch in (None, base["model"]["arch"]):
+        return base
+    return {**base, "model": {key: value for key, value in base["model"].items() if key != "depth"}}
 
 
 _SCHEDULE_LENGTHS = ("warmupSamples", "freezeLastLayerSamples", "teacherTemperatureSamples")
@@ -398,9 +439,9 @@ def _scale_schedule(base: Mapping[str, Any], merged: dict[str, Any], given: Mapp
     budget = recipe.get("budgetSamples")
     if not isinstance(budget, int) or isinstance(budget, bool) or not isinstance(recipe.get("schedule"), Mapping):
         return merged  # Validation names the fault.
-    chosen = ((given.get("recipe") or {}).get("schedule")) or {}
+    chosen = (given.get("recipe") or {}).get("schedule") or {}
     schedule = dict(recipe["schedule"])
     for name in _SCHEDULE_LENGTHS:
-        if name not in chosen:
+        if chosen.get(name) is None:
             schedule[name] = base["recipe"]["schedule"][name] * budget // base["recipe"]["budgetSamples"]
     return {**merged, "recipe": {**recipe, "schedule": schedule}}

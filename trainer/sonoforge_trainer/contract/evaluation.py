@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field
@@ -16,6 +17,30 @@ VALIDATION_PREFIX = "val_"
 """Begins the metric that says on the validation split what the metric without it says on the test split."""
 _UNLABELLED: tuple[Protocol, ...] = ("health",)
 """Protocols that use neither labels nor splits: there is nothing that choosing by their scores could leak."""
+_CLASSIFICATION = ("accuracy", "balanced_accuracy", "f1_macro", "auroc_macro")
+PROTOCOL_METRICS: Mapping[Protocol, tuple[str, ...]] = {
+    "knn": _CLASSIFICATION,
+    "linear": _CLASSIFICATION,
+    "logreg": _CLASSIFICATION,
+    "fewshot": tuple(f"{probe}_{{shots}}shot_{metric}" for probe in ("knn", "logreg") for metric in _CLASSIFICATION),
+    "segment-probe": (
+        *(
+            f"{overlap}_{over}{how}"
+            for overlap in ("dice", "iou")
+            for over in ("mean", "foreground")
+            for how in ("", "_per_image")
+        ),
+        "knn_dice_foreground",
+        "logreg_dice_foreground",
+    ),
+    "health": (
+        *("rankme", "effective_rank", "feature_deviation", "teacher_entropy"),
+        *("same_clip_retrieval", "same_patient_retrieval"),
+    ),
+}
+"""The metrics that a protocol can report; `{shots}` stands for each of `Evaluation.shots`. Data may leave some out: a
+set without patients has no same_patient_retrieval."""
+Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
 
 
@@ -28,26 +53,31 @@ class Evaluation(Part):
     """URI of the evaluation set's shards.json."""
     protocols: Annotated[tuple[Protocol, ...], Field(min_length=1)]
     """Protocols to run."""
-    resolution: int | None = None
+    resolution: Count | None = None
     """Side in pixels of the square input. Not given: the model card's."""
     label: str = "label"
     """Sample field that holds the class, a text."""
     where: dict[str, str] = {}
     """Use only samples whose fields have these values."""
-    k: tuple[int, ...] = (10, 20, 100, 200)
+    k: Annotated[tuple[Count, ...], Field(min_length=1)] = (10, 20, 100, 200)
     """knn: numbers of neighbours. The best on validation is the score; all that fit are in the result."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """knn: temperature of the votes."""
-    shots: tuple[int, ...] = (1, 5, 10)
+    shots: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 5, 10)
     """fewshot: patients (or images, where patients are not known) of each class."""
-    seeds: Annotated[int, Field(ge=1)] = 5
+    seeds: Count = 5
     """fewshot: number of draws."""
-    linear_epochs: Annotated[int, Field(ge=1)] = 10
+    linear_epochs: Count = 10
     """linear: passes over the training features; more on small sets, up to 500 steps."""
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     """Resamples of the patients for confidence intervals; 0 for none."""
     seed: int = 0
     """Seed of every draw."""
+
+    def metrics(self, protocol: Protocol) -> tuple[str, ...]:
+        """Names of the metrics that one of the protocols can report on this data set, in the order of reports."""
+        names = (name.replace("{shots}", str(n)) for name in PROTOCOL_METRICS[protocol] for n in self.shots)
+        return tuple(dict.fromkeys(names))
 
 
 class EvaluationRequest(Part):

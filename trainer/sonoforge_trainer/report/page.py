@@ -47,9 +47,13 @@ class Picture:
     """One image of the page, embedded."""
 
     checkpoint: str
+    """Id of the checkpoint it belongs to."""
     step: int
+    """Steps of that checkpoint."""
     name: str
+    """File name beside the result."""
     data_url: str
+    """The picture itself, as a data: URL."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,15 @@ class Row:
     """One score of the comparison: the random start, the last and the best checkpoint."""
 
     name: str
+    """EVALUATION-PROTOCOL/METRIC."""
     random: Score | None
+    """Of the random initialisation, where it was evaluated."""
     last: Score | None
+    """Of the newest evaluated checkpoint."""
     best: Score | None
+    """Of the best checkpoint."""
     floors: tuple[tuple[str, Score], ...]
+    """(floor, score) of each method without learning."""
 
     @property
     def margin(self) -> float | None:

@@ -24,9 +24,13 @@ class Scene:
     """What is under the probe, [samples, beams]."""
 
     fan: Fan
+    """The scanner that looks."""
     echo_ra: Floats
+    """Echo in dB relative to soft tissue."""
     attenuation_ra: Floats
+    """Attenuation in dB per unit of depth beyond that of tissue."""
     mask_ra: NDArray[np.uint8]
+    """Mask class of each sample."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Pose:
     """Where a structure lies."""
 
     x: float
+    """Lateral position, 0 in the middle, in units of the imaged depth."""
     z: float
+    """Depth, in units of the imaged depth."""
     angle: float
     """Radians."""
     size: float

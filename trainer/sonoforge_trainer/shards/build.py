@@ -46,8 +46,11 @@ class Rendered:
     """The members of one sample."""
 
     image: bytes
+    """JPEG or PNG, 8-bit gray or RGB."""
     extension: Literal["jpg", "png"]
+    """Its format."""
     mask: bytes | None = None
+    """PNG of class indices, where there is one."""
 
 
 Render = Callable[[Row], Rendered]
@@ -59,10 +62,15 @@ class DataSetCard:
     """What the manifest says of the data set."""
 
     name: str
+    """What people call it; shard names begin with it."""
     synthetic: bool = False
+    """Whether images were generated and not measured."""
     licence: str = ""
+    """Licence of the images."""
     citation: str = ""
+    """How to cite them."""
     mask_classes: tuple[str, ...] = ()
+    """Names of the mask values 0, 1, 2 ..."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Rejected:
     hash: str
     """Keyed hash of its path or key."""
     reason: str
+    """Why, without names or paths."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +102,15 @@ class BuildResult:
     """A finished build."""
 
     manifest: ShardManifest
+    """What was written, or found finished."""
     rejected: tuple[Rejected, ...]
+    """Samples that were left out."""
     made: int
     """Shards written by this call."""
     reused: int
     """Shards found finished."""
+    completed: bool = True
+    """Whether this call completed the data set; it may have made no shard, and left out what an earlier one refused."""
 
 
 class RejectedError(DataSetError):
@@ -133,7 +146,7 @@ def build(
     finished = builder.open_output(whole)
     if finished is not None:
         builder.clear({shard.name for shard in finished.shards})
-        return BuildResult(finished, (), 0, len(finished.shards))
+        return BuildResult(finished, (), 0, len(finished.shards), completed=False)
     outcomes: dict[int, _Outcome] = {}
     rejected = 0
     for outcome in builder.run(plan, fingerprints):

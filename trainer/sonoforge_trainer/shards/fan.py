@@ -19,21 +19,25 @@ class Fan:
     scanner: str
     """Kind and number, for example convex-3."""
     height: int
+    """Pixels of the image."""
     width: int
+    """Pixels of the image."""
     x_ra: Floats
     """Lateral position of each sample, 0 in the middle."""
     z_ra: Floats
     """Depth of each sample below the middle of the probe."""
     beam_x_ra: Floats
+    """Lateral part of the direction of the beam at each sample."""
     beam_z_ra: Floats
-    """Direction of the beam at each sample."""
+    """Part of that direction in depth."""
     transfer_ra: Floats
     """Point-spread function in the frequency domain, scaled so that white noise keeps its variance."""
     inside_p: NDArray[np.int32]
     """Flat pixel numbers inside the fan."""
     taps_4p: NDArray[np.int32]
+    """Bilinear interpolation: flat numbers of the four samples around each pixel."""
     weights_4p: Floats
-    """Bilinear interpolation: flat sample numbers and weights."""
+    """Their weights."""
 
     def convert(self, samples_ra: Floats) -> Floats:
         """Scan conversion, bilinear: samples to pixels [height, width], 0 outside the fan."""

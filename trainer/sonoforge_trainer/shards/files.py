@@ -15,8 +15,11 @@ class FileRenderer:
     """A `Render` for rows with locations."""
 
     storage: Storage
+    """Where objects are read from."""
     images: ImageRule
+    """How images become members."""
     masks: MaskRule
+    """How masks become members."""
 
     @property
     def options(self) -> str:

@@ -44,8 +44,11 @@ class Window:
     """
 
     rule: Literal["depth", "percentile", "range"] = "depth"
+    """Where 0 and 255 lie in the file's values."""
     low: float = 0.0
+    """Value that becomes 0, for `range`."""
     high: float = 0.0
+    """Value that becomes 255, for `range`."""
 
     @classmethod
     def parse(cls, text: str) -> Window:
@@ -79,6 +82,7 @@ class ImageRule:
     """How image files become members."""
 
     window: Window = Window()
+    """How values of more than 8 bits become 8."""
     encode: Literal["keep", "jpeg"] = "keep"
     """`jpeg` writes lossless sources as JPEG of quality 95, which decodes 2.6 times as fast, too."""
 
@@ -88,9 +92,13 @@ class Picture:
     """An encoded 8-bit gray or RGB image."""
 
     data: bytes
+    """The file."""
     extension: Literal["jpg", "png"]
+    """Its format."""
     width: int
+    """Pixels."""
     height: int
+    """Pixels."""
 
 
 def picture(data: bytes, rule: ImageRule) -> Picture:

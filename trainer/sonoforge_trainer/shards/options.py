@@ -34,13 +34,21 @@ class Target:
     """Where to write what, and how: the shared options of every builder."""
 
     output: str
+    """URI of the data set's folder."""
     name: str
+    """Name of the data set and of its shards."""
     licence: str
+    """Licence of the images."""
     citation: str
+    """How to cite them."""
     plan: PlanRule
+    """How samples are split and dealt to shards."""
     rule: BuildRule
+    """How to build."""
     hash_key_file: Path | None
+    """File with the key of the patient hashes; None draws one."""
     report: Path | None
+    """Private file that lists what was left out, with paths."""
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
@@ -296,7 +304,7 @@ def _say(result: BuildResult, target: Target) -> None:
     manifest = result.manifest
     if result.rejected:
         click.echo(f"Left out {len(result.rejected)} samples:\n{_listed(result.rejected)}", err=True)
-    if not result.made:
+    if not result.completed:
         click.echo("Nothing to do: this data set was finished before.", err=True)
     click.echo(f"{manifest.samples} samples in {len(manifest.shards)} shards, {manifest.bytes} bytes")
     click.echo(f"{manifest.dataset_digest}")

@@ -33,6 +33,7 @@ class PhantomRule:
     size: int = 96
     """Short side in pixels."""
     seed: int = 0
+    """Decides everything."""
     frames: int = 4
     """Near-duplicate frames in a clip."""
     clips: int = 6
@@ -44,10 +45,15 @@ class Identity:
     """Which patient, clip and frame an image is, and its class."""
 
     patient: int
+    """Number of the patient."""
     clip: int
+    """Number of the clip inside the patient."""
     frame: int
+    """Number of the frame inside the clip."""
     label: str
+    """Anatomical class."""
     scanner: int
+    """Number of the scanner."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,9 @@ class Phantom:
     """An image with its mask, both [height, width]."""
 
     image_hw: NDArray[np.uint8]
+    """Gray values."""
     mask_hw: NDArray[np.uint8]
+    """Mask class of each pixel."""
 
 
 class Phantoms:

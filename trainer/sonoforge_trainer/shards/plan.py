@@ -33,6 +33,7 @@ class Placed:
     """A sample with its place in the data set."""
 
     row: Row
+    """The sample."""
     position: int
     """Ordinal in the data set, the first part of its key."""
     clip: int

@@ -19,6 +19,7 @@ class Sample:
     """One sample as it is stored."""
 
     key: str
+    """WebDataset key."""
     image: bytes
     """JPEG or PNG, 8-bit gray or RGB."""
     mask: bytes | None

@@ -34,6 +34,7 @@ class Location:
     stamp: str
     """Size and time, or size and ETag: what changes when the bytes change."""
     offset: int = 0
+    """First byte of the extent."""
     length: int | None = None
     """None is the whole local file."""
 
@@ -58,9 +59,13 @@ class Row:
     image: Location | None
     """The image; None where it is computed and not read."""
     mask: Location | None = None
+    """The mask, where there is one."""
     label: str = ""
+    """Class; empty where not known."""
     split: str = ""
+    """train, val or test; empty where the source does not say."""
     patient: str = ""
+    """Patient; empty where not known."""
     clip: str = ""
     """Clip inside the patient; empty for a still image."""
     fields: tuple[tuple[str, str], ...] = ()
@@ -72,11 +77,17 @@ class Columns:
     """Which columns of a CSV, or fields of a WebDataset's JSON, mean what. Empty text is: there is none."""
 
     path: str = "path"
+    """Path of the image."""
     mask: str = ""
+    """Path of the mask."""
     label: str = ""
+    """Class."""
     split: str = ""
+    """Split."""
     patient: str = ""
+    """Patient."""
     clip: str = ""
+    """Clip inside the patient."""
     extra: tuple[str, ...] = ()
     """Columns to keep in each sample's JSON, under their own names."""
     where: tuple[tuple[str, str], ...] = ()

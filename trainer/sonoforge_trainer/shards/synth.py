@@ -110,7 +110,7 @@ def command(
     rule = PhantomRule(count, size, seed, frames, clips)
     plan = PlanRule(shard_samples, seed, splits)
     result = build_phantoms(output, rule, plan, Storage.from_env(), name=name, workers=workers)
-    if not result.made:
+    if not result.completed:
         click.echo("Nothing to do: this data set was finished before.", err=True)
     click.echo(f"{result.manifest.samples} phantoms in {len(result.manifest.shards)} shards")
     click.echo(f"{output}/shards.json")

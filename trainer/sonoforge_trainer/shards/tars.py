@@ -20,9 +20,11 @@ class Member:
     """One regular file of a tar."""
 
     name: str
+    """Path in the tar."""
     offset: int
     """First byte of its data."""
     length: int
+    """Bytes of its data."""
 
 
 class TarWriter:

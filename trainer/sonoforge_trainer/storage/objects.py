@@ -23,6 +23,7 @@ class ObjectInfo:
     """What is known of an object without reading it."""
 
     uri: str
+    """The object, s3:// or file://."""
     size: int
     """Bytes."""
     etag: str

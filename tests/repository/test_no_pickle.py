@@ -3,6 +3,9 @@
 import ast
 from pathlib import Path
 
+import pytest
+
+import sonoforge_operator
 import sonoforge_trainer
 
 FORBIDDEN_MODULES = {
@@ -41,8 +44,9 @@ def _faults(tree: ast.AST):
             yield "allow_pickle"
 
 
-def test_no_module_of_the_trainer_can_unpickle():
-    root = Path(sonoforge_trainer.__file__).parent
+@pytest.mark.parametrize("package", [sonoforge_trainer, sonoforge_operator], ids=lambda package: package.__name__)
+def test_no_module_can_unpickle(package):
+    root = Path(package.__file__).parent
     modules = sorted(root.rglob("*.py"))
     assert len(modules) > 10
     faults = {str(path.relative_to(root)): sorted(_faults(ast.parse(path.read_text()))) for path in modules}
