@@ -95,6 +95,7 @@ def test_an_attempt_ends_with_the_class_of_its_failure_and_the_next_one_is_free(
     assert machines.termination("127.0.0.2") == {
         "cause": "config",
         "exception": "ContractError",
+        "final": False,
         "message": "training.recipe.globalBatch: found 3. Allowed: a multiple of virtualRanks",
         "rank": 0,
         "result": None,
