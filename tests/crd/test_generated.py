@@ -123,6 +123,7 @@ def test_a_default_inside_training_is_told_and_not_set():
         "Default: the preset's (dinov2-short 0.1 x budgetSamples, ultradino 0.1 x budgetSamples, "
         "tiny 0.05 x budgetSamples)."
     )
+    assert "tiny 0.01 x budgetSamples" in hint(("recipe", "schedule", "freezeLastLayerSamples"))
     assert hint(("recipe", "augment", "jitter")) == "Default: 0.8."
     assert hint(("recipe", "preset")) == "Default: dinov2-short."
     assert hint(("data", "shards")) == ""
