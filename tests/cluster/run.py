@@ -1,4 +1,4 @@
-"""`make cluster`: a control plane with played nodes for a person to try things on, until Ctrl-C or `make cluster-stop`."""
+"""`make cluster`: a control plane with played nodes for a person to try things on, until Ctrl-C or cluster-stop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import threading
-from pathlib import Path
 
 import psutil
 from binaries import ROOT, BuildError, build
