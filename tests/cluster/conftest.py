@@ -1,0 +1,110 @@
+"""One control plane with played nodes for the session, and a namespace for each module."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes import client, config
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the harness beside this file; tests are no package
+
+import binaries
+from control_plane import ControlPlane
+from kwok import Kwok
+from pods import PodPlayer
+
+NODES = 4
+
+
+@pytest.fixture(scope="session")
+def programs() -> tuple[Path, Path]:
+    """Folders of the control plane's programs and of kwok. Where they are not built: skips, but not in CI."""
+    folders = binaries.find()
+    if folders is None:
+        missing = (
+            "the programs of the test cluster are not built; run `make cluster-programs` (minutes, once a machine)"
+        )
+        required = os.environ.get("CI") or os.environ.get("SONOFORGE_CLUSTER") == "required"
+        (pytest.fail if required else pytest.skip)(missing)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def control_plane(programs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """The session's control plane, with a record of writes. Who breaks a component mends it."""
+    with ControlPlane(programs[0], tmp_path_factory.mktemp("control-plane"), audit=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def nodes(programs: tuple[Path, Path], control_plane: ControlPlane) -> Iterator[list[str]]:
+    """Names of played nodes, each with 4 GPUs; pods on them run at once, see stages.yaml."""
+    with Kwok(programs[1] / "kwok", control_plane) as kwok:
+        yield kwok.add_nodes(NODES)
+
+
+@pytest.fixture(scope="module")
+def namespace(control_plane: ControlPlane, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the module's own, which takes no pod that Pod Security `restricted` forbids."""
+    stem = request.path.stem.removeprefix("test_").replace("_", "-")[:40]
+    name = f"{stem}-{secrets.token_hex(3)}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    manifest = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+    control_plane.kubectl("create", "--filename=-", stdin=yaml.safe_dump(manifest))
+    yield name
+    control_plane.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def kubectl(control_plane: ControlPlane, namespace: str) -> Callable[..., str]:
+    """Run kubectl as administrator in the module's namespace: `kubectl("get", "pods")`."""
+    return lambda *arguments, **options: control_plane.kubectl(f"--namespace={namespace}", *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def api_client(control_plane: ControlPlane) -> Iterator[client.ApiClient]:
+    """A synchronous client with the administrator's rights."""
+    with config.new_client_from_config(str(control_plane.kubeconfig)) as made:
+        yield made
+
+
+@pytest.fixture
+def pods(api_client: client.ApiClient, namespace: str) -> PodPlayer:
+    """Plays the pods of the module's namespace."""
+    return PodPlayer(client.CoreV1Api(api_client), namespace)
+
+
+@pytest.fixture
+def job_of() -> Callable[..., dict[str, Any]]:
+    """Manifest of a Job whose pods Pod Security `restricted` lets in: `job_of("name", completions=2)`."""
+
+    def make(name: str, *, annotations: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
+        container = {
+            "name": "main",
+            "image": "example.invalid/main:1",
+            "securityContext": {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+                "runAsNonRoot": True,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+        }
+        template = {
+            "metadata": {"annotations": annotations or {}},
+            "spec": {"restartPolicy": "Never", "containers": [container]},
+        }
+        return {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": name},
+            "spec": {"backoffLimit": 0, "template": template, **spec},
+        }
+
+    return make
