@@ -25,11 +25,7 @@ RULES = (
     Rule(
         api.Workers,
         rule="self.minNodes <= self.maxNodes",
-        message="minNodes is above maxNodes; lower it or raise maxNodes",
-        expression=(
-            "'minNodes ' + string(self.minNodes) + ' is above maxNodes ' + string(self.maxNodes)"
-            " + '; lower it or raise maxNodes'"
-        ),
+        message="minNodes is above maxNodes; lower minNodes or raise maxNodes",
     ),
     Rule(
         api.EvaluationPolicy,

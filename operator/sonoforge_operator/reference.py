@@ -125,7 +125,7 @@ def _default(field: Schema, path: Path) -> str:
         default = default_text(path[2:])
         return "[preset](#presets)" if default == "preset" else f"`{default}`" if default else ""
     value = field.get("default")
-    if value is None or value == {}:
+    if value is None or "properties" in field:
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

@@ -112,7 +112,7 @@ def test_the_defaults_of_the_api_server_are_those_of_the_types():
         assert PARSE[document["kind"]](served) == PARSE[document["kind"]](document)
     empty = {"apiVersion": "sonoforge.dev/v1alpha1", "kind": "PretrainRuntime", "metadata": {"name": "r"}, "spec": {}}
     served = defaulted(SCHEMAS["PretrainRuntime"], empty)
-    assert served["spec"]["workers"] == {"sharedMemory": "8Gi"}
+    assert served["spec"]["workers"] == at("PretrainRuntime", ".spec.workers")["default"] == {"sharedMemory": "8Gi"}
     assert served["spec"]["network"] == {"policies": True, "storagePorts": [443], "dnsNamespace": "kube-system"}
     assert api.parse_runtime(served).spec == api.PretrainRuntimeSpec()
 
