@@ -20,7 +20,7 @@ demo: $(VENV)/ready ## From nothing to an evaluated model: phantoms, a real S3 s
 
 .PHONY: test
 test: $(VENV)/ready check cluster-programs ## Everything CI checks: format, lint, types, import rules, tests
-	CI=true $(BIN)/pytest
+	SONOFORGE_CLUSTER=required $(BIN)/pytest
 
 .PHONY: check
 check: $(VENV)/ready ## Format, lint, types and import rules, without tests

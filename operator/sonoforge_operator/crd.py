@@ -10,91 +10,16 @@ from typing import Any, Literal
 import yaml
 
 from sonoforge_operator import api, resources
+from sonoforge_operator.admission import LISTS, RULES, SHORT_NAME
 from sonoforge_operator.install import install
 from sonoforge_operator.presets import hint
 from sonoforge_operator.reference import reference
-from sonoforge_operator.schema import Options, Rule, Schema, structural
+from sonoforge_operator.schema import Options, Schema, structural
 from sonoforge_trainer import contract
 from sonoforge_trainer.contract import Part
 
 HEADER = "# Generated from the types in operator/ by `make generate`. Do not edit.\n"
 CATEGORY = "sonoforge"
-
-RULES = (
-    Rule(
-        api.PretrainJobSpec,
-        field="training",
-        rule="self == oldSelf",
-        message="training decides the result and cannot change; create another job with the new settings",
-    ),
-    Rule(
-        contract.CheckpointConfig,
-        field="uri",
-        rule="self == oldSelf",
-        message="the run continues from the checkpoints at this uri, so it cannot change; create another job",
-    ),
-    Rule(
-        api.Workers,
-        rule="self.minNodes <= self.maxNodes",
-        message="minNodes is above maxNodes; lower it or raise maxNodes",
-        expression=(
-            "'minNodes ' + string(self.minNodes) + ' is above maxNodes ' + string(self.maxNodes)"
-            " + '; lower it or raise maxNodes'"
-        ),
-    ),
-    Rule(
-        api.EvaluationPolicy,
-        rule="!has(self.bestBy) || has(self.suiteRef)",
-        message="bestBy needs evaluations to choose by; name an EvalSuite in suiteRef",
-    ),
-    Rule(
-        api.EvaluationPolicy,
-        rule="!has(self.stopAfterNoGain) || has(self.bestBy)",
-        message="stopAfterNoGain needs a score that can gain; name it in bestBy as EVALUATION-PROTOCOL/METRIC",
-    ),
-    Rule(
-        contract.Recipe,
-        rule="!has(self.globalBatch) || !has(self.virtualRanks) || self.globalBatch % self.virtualRanks == 0",
-        message="globalBatch is not a multiple of virtualRanks, which share it equally; change one of them",
-    ),
-    *(
-        Rule(
-            contract.TrainConfig,
-            rule=(
-                "!has(self.model) || !has(self.model.patchSize) || !has(self.recipe) || !has(self.recipe.crops)"
-                f" || !has(self.recipe.crops.{size}) || self.recipe.crops.{size} % self.model.patchSize == 0"
-            ),
-            message=f"recipe.crops.{size} is not a multiple of model.patchSize; change one of them",
-        )
-        for size in ("globalSize", "localSize")
-    ),
-    Rule(
-        api.Toleration,
-        rule="self.operator != 'Exists' || !has(self.value) || self.value == ''",
-        message="operator Exists compares no value; remove the value or use Equal",
-    ),
-    Rule(
-        api.Toleration,
-        rule="self.operator != 'Equal' || (has(self.key) && self.key != '')",
-        message="operator Equal needs a key; give one or use Exists",
-    ),
-)
-
-LISTS: Mapping[tuple[type[Part], str], tuple[str, ...]] = {
-    (api.EvalSuiteSpec, "evaluations"): ("name",),
-    (contract.Evaluation, "protocols"): (),
-    (api.Images, "pullSecrets"): (),
-    (api.Limits, "queues"): (),
-    (api.Network, "storageCidrs"): (),
-    (api.Network, "storagePorts"): (),
-    (resources.PretrainJobStatus, "conditions"): ("type",),
-}
-
-_NAME_LENGTH = 63
-_SHORT_NAME = {
-    "rule": f"size(self.metadata.name) <= {_NAME_LENGTH}",
-    "message": f"the name is a label of other objects, so it may have at most {_NAME_LENGTH} characters",
-}
 
 
 @dataclass(frozen=True)
@@ -241,7 +166,7 @@ RESOURCES = (
             "statusReplicasPath": ".status.nodes.ready",
             "labelSelectorPath": ".status.selector",
         },
-        rules=(_SHORT_NAME,),
+        rules=(SHORT_NAME,),
     ),
     Resource(
         kind="PretrainRuntime",
@@ -256,14 +181,14 @@ RESOURCES = (
             Column("IMAGE", ".spec.images.trainer", wide=True),
             Column("STORAGE", ".spec.storage.endpointUrl", wide=True),
         ),
-        rules=(_SHORT_NAME,),
+        rules=(SHORT_NAME,),
     ),
     Resource(
         kind="EvalSuite",
         short="evs",
         description="A named list of evaluations that jobs run on every checkpoint.",
         spec=api.EvalSuiteSpec,
-        rules=(_SHORT_NAME,),
+        rules=(SHORT_NAME,),
     ),
     Resource(
         kind="Checkpoint",

@@ -39,10 +39,10 @@ def by_preset() -> Mapping[Path, Mapping[str, str]]:
     decided: dict[Path, dict[str, str]] = {}
     for path, first in resolved[PRESETS[0]].items():
         texts = {}
+        scales = path != _BUDGET and longer[PRESETS[0]][path] != first
         for name, values in resolved.items():
-            scales = path != _BUDGET and longer[name][path] != values[path]
             texts[name] = f"{values[path] / values[_BUDGET]:.3g} x budgetSamples" if scales else _text(values[path])
-        if path != _PRESET and (first != _plain_defaults().get(path) or len(set(texts.values())) > 1):
+        if path != _PRESET and (scales or first != _plain_defaults().get(path) or len(set(texts.values())) > 1):
             decided[path] = texts
     return decided
 

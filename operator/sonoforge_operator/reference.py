@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from sonoforge_operator.presets import by_preset, default_text
 from sonoforge_operator.schema import Path, Schema
-from sonoforge_trainer.contract import PRESETS
+from sonoforge_trainer.contract import PRESETS, canonical_json
 
 _INLINE_FIELDS = 2
 """A part with this many fields or fewer is shown in the table of its owner."""
@@ -28,9 +28,10 @@ def reference(kinds: Iterable[tuple[str, str, Schema]]) -> str:
     for kind, short, schema in kinds:
         parts.append(f"## {kind}\n\n{schema['description']} Short name: `{short}`.\n")
         parts += _rules(schema)
+        page = _Tables()
         for name in ("spec", "status"):
             if name in schema["properties"]:
-                parts += _sections(schema["properties"][name], f"{kind}.{name}", (name,))
+                parts += page.sections(schema["properties"][name], f"{kind}.{name}", (name,))
         if kind == "PretrainJob":
             parts.append(_presets())
     return "\n".join(parts)
@@ -41,32 +42,54 @@ def _contents(kinds: Iterable[tuple[str, str, Schema]]) -> str:
     return "\n".join(["| kind | short | purpose |", "|---|---|---|", *rows, ""])
 
 
-def _sections(schema: Schema, title: str, path: Path) -> Iterator[str]:
-    """The table of a part, then those of the parts inside it."""
-    yield f"### {title}\n"
-    first, _, rest = schema.get("description", "").partition("\n")
-    yield f"{_sentences(rest or first)}\n"
-    yield "\n".join(["| field | type | default | description |", "|---|---|---|---|", *_rows(schema, path, ""), ""])
-    yield from _rules(schema)
-    for name, part in _large_parts(schema):
-        yield from _sections(_inner(part), f"{title}.{name}", (*path, name))
+class _Tables:
+    """The tables of one kind. A part that occurs at several places has its table at the first."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, str] = {}
+
+    def sections(self, schema: Schema, title: str, path: Path) -> Iterator[str]:
+        """The table of a part, then those of the parts inside it."""
+        first, _, rest = schema.get("description", "").partition("\n")
+        yield f"### {title}\n"
+        yield f"{_sentences(rest or first)}\n"
+        if path[0] == "spec":
+            head = ["| field | type | default | description |", "|---|---|---|---|"]
+        else:
+            head = ["| field | type | description |", "|---|---|---|"]
+        yield "\n".join([*head, *self._rows(schema, title, path, ""), ""])
+        yield from _rules(schema)
+        for name, part in _large_parts(schema):
+            if self._place(part, f"{title}.{name}") == f"{title}.{name}":
+                yield from self.sections(_inner(part), f"{title}.{name}", (*path, name))
+
+    def _place(self, part: Schema, title: str) -> str:
+        """Title of the table of a part: of the first that has the same fields."""
+        return self._places.setdefault(canonical_json(_inner(part)["properties"]), title)
+
+    def _rows(self, schema: Schema, title: str, path: Path, prefix: str) -> Iterator[str]:
+        required = schema.get("required", [])
+        large = dict(_large_parts(schema))
+        for name, field in schema["properties"].items():
+            here = (*path, name)
+            key = f"{name}[]" if f"{name}[]" in large else name
+            if "properties" in field and key not in large:
+                yield from self._rows(field, title, here, f"{prefix}{name}.")
+                continue
+            description = field.get("description", "")
+            if key in large:
+                description = description.partition("\n")[0]  # the rest heads its own table
+                place = self._place(field, f"{title}.{key}")
+                description += "" if place == f"{title}.{key}" else f" Fields as in {place}."
+            cells = [f"`{prefix}{name}`", _type(field), _sentences(description).replace("|", "\\|")]
+            if path[0] == "spec":
+                default = _required_in(prefix) if name in required else _default(field, here)
+                cells.insert(2, default)
+            yield f"| {' | '.join(cells)} |"
 
 
-def _rows(schema: Schema, path: Path, prefix: str) -> Iterator[str]:
-    required = schema.get("required", [])
-    for name, field in schema["properties"].items():
-        here = (*path, name)
-        if "properties" in field and not _is_large(field):
-            yield from _rows(field, here, f"{prefix}{name}.")
-            continue
-        default = "required" if name in required else _default(field, here)
-        if default == "required" and prefix:
-            default = f"required in `{prefix.removesuffix('.')}`"
-        description = field.get("description", "")
-        if _is_large(field):
-            description = description.partition("\n")[0]  # the rest heads its own table
-        description = _sentences(description)
-        yield f"| `{prefix}{name}` | {_type(field)} | {default} | {_cell(description)} |"
+def _required_in(prefix: str) -> str:
+    return f"required in `{prefix.removesuffix('.')}`" if prefix else "required"
 
 
 def _rules(schema: Schema) -> Iterator[str]:
@@ -102,7 +125,7 @@ def _default(field: Schema, path: Path) -> str:
         default = default_text(path[2:])
         return "[preset](#presets)" if default == "preset" else f"`{default}`" if default else ""
     value = field.get("default")
-    if value is None or value == {}:
+    if value is None or "properties" in field:
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
@@ -142,7 +165,3 @@ def _presets() -> str:
 
 def _sentences(text: str) -> str:
     return " ".join(text.split())
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -42,17 +42,14 @@ class Rule:
     """The type it belongs to."""
     rule: str
     """CEL expression that holds for a good value `self`."""
-    message: str = ""
-    """What is wrong and what to do next."""
-    expression: str = ""
-    """CEL expression for the message, where it should name values."""
+    message: str
+    """What is wrong and what to do next. It names no values: a text made of numbers has no bound that CEL can see."""
     field: str = ""
     """Field of the type that the rule is on, in camelCase; empty for the type itself."""
 
     def document(self) -> Schema:
         """An entry of x-kubernetes-validations."""
-        texts = {"rule": self.rule, "message": self.message, "messageExpression": self.expression}
-        return {key: text for key, text in texts.items() if text}
+        return {"rule": self.rule, "message": self.message}
 
 
 @dataclass(frozen=True)
@@ -170,10 +167,11 @@ class _Builder:
         return made
 
     def _add_default(self, made: Schema, default: object) -> None:
-        """A field that is empty by default stays away; a part gets its fields' defaults by being there."""
+        """A field that is empty by default stays away. Rules judge a part's default as it stands, so it is complete."""
         if "properties" in made:
             if not made.get("required") and not made.get("nullable"):
-                made["default"] = {}
+                fields = made["properties"]
+                made["default"] = {name: field["default"] for name, field in fields.items() if "default" in field}
         elif default not in (None, "", [], {}):
             made["default"] = default
 

@@ -113,7 +113,7 @@ def test_the_defaults_of_the_api_server_are_those_of_the_types():
         assert PARSE[document["kind"]](served) == PARSE[document["kind"]](document)
     empty = {"apiVersion": "sonoforge.dev/v1alpha1", "kind": "PretrainRuntime", "metadata": {"name": "r"}, "spec": {}}
     served = defaulted(SCHEMAS["PretrainRuntime"], empty)
-    assert served["spec"]["workers"] == {"sharedMemory": "8Gi"}
+    assert served["spec"]["workers"] == at("PretrainRuntime", ".spec.workers")["default"] == {"sharedMemory": "8Gi"}
     assert served["spec"]["network"] == {"policies": True, "storagePorts": [443], "dnsNamespace": "kube-system"}
     assert api.parse_runtime(served).spec == api.PretrainRuntimeSpec()
 
@@ -124,6 +124,7 @@ def test_a_default_inside_training_is_told_and_not_set():
         "Default: the preset's (dinov2-short 0.1 x budgetSamples, ultradino 0.1 x budgetSamples, "
         "tiny 0.05 x budgetSamples)."
     )
+    assert "tiny 0.01 x budgetSamples" in hint(("recipe", "schedule", "freezeLastLayerSamples"))
     assert hint(("recipe", "augment", "jitter")) == "Default: 0.8."
     assert hint(("recipe", "preset")) == "Default: dinov2-short."
     assert hint(("data", "shards")) == ""
