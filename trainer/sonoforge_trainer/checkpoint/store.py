@@ -8,11 +8,11 @@ never deleted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -46,7 +46,6 @@ PRUNED = "PRUNED"
 
 _READERS = 4  # parts read at once; each read is itself several ranged requests
 _log = structlog.get_logger(__name__)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -207,28 +206,11 @@ class CheckpointStore:
         part = self._read_tensor_file(uri, objects[TEACHER])
         return LoadedTeacher(manifest, ModelCard.from_json(bytes(card), where=MODEL_CARD), merge(uri, (part,)))
 
-    def latest_valid(self, verify: bool = True) -> CheckpointRef | None:
-        """The newest sound checkpoint, or None where there never was one.
-
-        With `verify` every object is read. Damaged ones on the way are quarantined. Raises AllCheckpointsDamagedError,
-        ForeignCheckpointError.
-        """
-        return self._newest(lambda ref: (self.verify(ref) if verify else None, ref)[1])
-
     def load_latest(self) -> LoadedCheckpoint | None:
         """Load the newest sound checkpoint, verified while it is read; None where there never was one.
 
         Damaged ones on the way are quarantined. Raises AllCheckpointsDamagedError, ForeignCheckpointError.
         """
-        return self._newest(self.load)
-
-    def quarantine(self, uri: str, reason: str) -> None:
-        """Mark a checkpoint as damaged. Doing it twice changes nothing more."""
-        body = canonical_json({"reason": reason, "found": utc_text(datetime.now(UTC))})
-        self.storage.write(f"{uri}/{QUARANTINE}", body.encode())
-        _log.error("checkpoint quarantined", uri=uri, reason=reason)
-
-    def _newest(self, use: Callable[[CheckpointRef], _T]) -> _T | None:
         damaged = []
         for prefix in sorted(self.prefixes(), key=self._age, reverse=True):
             if QUARANTINE in prefix.objects:
@@ -236,10 +218,8 @@ class CheckpointStore:
             if not prefix.committed:
                 continue
             try:
-                ref, manifest = self.inspect(prefix)
-                if self.identity is not None:
-                    self.identity.require(manifest, ref.uri)
-                result = use(ref)
+                ref, _ = self.inspect(prefix)
+                loaded = self.load(ref)
             except DamagedCheckpointError as error:
                 if self._is_pruned(prefix.uri):
                     continue  # deleted on purpose while it was being read
@@ -248,10 +228,16 @@ class CheckpointStore:
                 continue
             if damaged:
                 _log.error("fell back to an older checkpoint", uri=ref.uri, step=ref.step, damaged=len(damaged))
-            return result
+            return loaded
         if damaged:
             raise AllCheckpointsDamagedError(self.uri, tuple(damaged))
         return None
+
+    def quarantine(self, uri: str, reason: str) -> None:
+        """Mark a checkpoint as damaged. Doing it twice changes nothing more."""
+        body = canonical_json({"reason": reason, "found": utc_text(datetime.now(UTC))})
+        self.storage.write(f"{uri}/{QUARANTINE}", body.encode())
+        _log.error("checkpoint quarantined", uri=uri, reason=reason)
 
     def _age(self, prefix: Prefix) -> tuple[int, str]:
         """Sorts by step, then time of writing; a manifest that cannot be read comes last within its step."""
