@@ -80,8 +80,8 @@ class Kill:
 
     kind: str
     step: int
-    seconds: float
-    """From the kill to the end of the next step."""
+    seconds: float | None
+    """From the kill to the end of the next step; None where the job ended before one was seen."""
 
 
 @dataclass
@@ -261,9 +261,10 @@ def disturb(run: LocalRun, *, kills: int, seed: int) -> list[Kill]:
         old_group = before.attempt if kind in ("worker", "agent") else None
         run.wait(lambda since=killed, group=old_group: _stepping(run, since=since, not_in=group) or _over(run))
         after = run.progress()
-        seconds = (after.step_time if after and after.step_time > killed else time.time()) - killed
+        seconds = after.step_time - killed if after and after.step_time > killed else None
         done.append(Kill(kind, before.step, seconds))
-        print(f"kill {len(done)}/{kills}: {kind} at step {done[-1].step}, next step after {seconds:.1f} s", flush=True)
+        told = "the job ended before the next step was seen" if seconds is None else f"next step after {seconds:.1f} s"
+        print(f"kill {len(done)}/{kills}: {kind} at step {done[-1].step}, {told}", flush=True)
     return done
 
 
@@ -330,7 +331,7 @@ def table(kills: list[Kill]) -> str:
     """Recovery by kind, in Markdown."""
     rows = ["| killed | times | median s | worst s |", "|---|---|---|---|"]
     for kind in (*KINDS, "any"):
-        seconds = [k.seconds for k in kills if kind in (k.kind, "any")]
+        seconds = [k.seconds for k in kills if kind in (k.kind, "any") and k.seconds is not None]
         if seconds:
             rows.append(f"| {kind} | {len(seconds)} | {statistics.median(seconds):.1f} | {max(seconds):.1f} |")
     return "\n".join(rows)
@@ -345,8 +346,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
+    # Without a coordinator or a runner training goes on, so that a kill can cost many steps of the run.
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--nodes", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sonoforge-chaos-") as name:

@@ -82,7 +82,7 @@ def test_without_a_sound_newer_one_nothing_is_deleted(folder):
     _flip(folder, f"{second.uri}/{STATE}")
     with pytest.raises(DamagedCheckpointError, match="all were kept"):
         prune(folder.store(), now=NOW, delete=[first.id])
-    assert folder.store().latest_valid() == first
+    assert folder.store().load_latest().ref == first
 
 
 class FailingStorage(Storage):
@@ -168,7 +168,7 @@ def test_a_checkpoint_pruned_while_it_is_read_is_not_called_damaged(folder):
     assert store.committed() == [first, second]
     folder.storage.write(f"{second.uri}/PRUNED", second.to_json().encode())
     folder.storage.delete(f"{second.uri}/COMMIT")
-    assert store.latest_valid() == first
+    assert store.load_latest().ref == first
     assert store.quarantined() == []
 
 

@@ -19,7 +19,7 @@ spec:
   runtimeRef: {name: a100}
   training:
     data: {shards: s3://b/set/shards.json}
-    recipe: {preset: tiny, budgetSamples: 3200}
+    recipe: {preset: tiny, budgetSamples: 3200, globalBatch: 32, virtualRanks: 8}
   workers: {minNodes: 1, maxNodes: 3, gpusPerNode: 2, nodeSelector: {zone: a}}
   checkpoints: {uri: s3://b/run, everySamples: 320}
   evaluation: {suiteRef: {name: planes}, bestBy: planes-knn/f1_macro}

@@ -8,12 +8,20 @@ never deleted.
 from __future__ import annotations
 
 import hashlib
+<<<<<<< HEAD
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
+=======
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+>>>>>>> c0536d477bd419777b053dd22b16bf8f4a402897
 
 import structlog
 
@@ -48,7 +56,6 @@ PRUNED = "PRUNED"
 
 _READERS = 4  # parts read at once; each read is itself several ranged requests
 _log = structlog.get_logger(__name__)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,7 @@ class CheckpointStore:
         part = self._read_tensor_file(uri, objects[TEACHER])
         return LoadedTeacher(manifest, ModelCard.from_json(bytes(card), where=MODEL_CARD), merge(uri, (part,)))
 
+<<<<<<< HEAD
     def metric_records(self, uri: str, manifest: CheckpointManifest) -> list[dict[str, Any]]:
         """The metric records of the steps between the checkpoint before and this one; none where it has no log.
 
@@ -229,20 +237,13 @@ class CheckpointStore:
         """
         return self._newest(lambda ref: (self.verify(ref) if verify else None, ref)[1])
 
+=======
+>>>>>>> c0536d477bd419777b053dd22b16bf8f4a402897
     def load_latest(self) -> LoadedCheckpoint | None:
         """Load the newest sound checkpoint, verified while it is read; None where there never was one.
 
         Damaged ones on the way are quarantined. Raises AllCheckpointsDamagedError, ForeignCheckpointError.
         """
-        return self._newest(self.load)
-
-    def quarantine(self, uri: str, reason: str) -> None:
-        """Mark a checkpoint as damaged. Doing it twice changes nothing more."""
-        body = canonical_json({"reason": reason, "found": utc_text(datetime.now(UTC))})
-        self.storage.write(f"{uri}/{QUARANTINE}", body.encode())
-        _log.error("checkpoint quarantined", uri=uri, reason=reason)
-
-    def _newest(self, use: Callable[[CheckpointRef], _T]) -> _T | None:
         damaged = []
         for prefix in sorted(self.prefixes(), key=self._age, reverse=True):
             if QUARANTINE in prefix.objects:
@@ -250,10 +251,8 @@ class CheckpointStore:
             if not prefix.committed:
                 continue
             try:
-                ref, manifest = self.inspect(prefix)
-                if self.identity is not None:
-                    self.identity.require(manifest, ref.uri)
-                result = use(ref)
+                ref, _ = self.inspect(prefix)
+                loaded = self.load(ref)
             except DamagedCheckpointError as error:
                 if self._is_pruned(prefix.uri):
                     continue  # deleted on purpose while it was being read
@@ -262,10 +261,16 @@ class CheckpointStore:
                 continue
             if damaged:
                 _log.error("fell back to an older checkpoint", uri=ref.uri, step=ref.step, damaged=len(damaged))
-            return result
+            return loaded
         if damaged:
             raise AllCheckpointsDamagedError(self.uri, tuple(damaged))
         return None
+
+    def quarantine(self, uri: str, reason: str) -> None:
+        """Mark a checkpoint as damaged. Doing it twice changes nothing more."""
+        body = canonical_json({"reason": reason, "found": utc_text(datetime.now(UTC))})
+        self.storage.write(f"{uri}/{QUARANTINE}", body.encode())
+        _log.error("checkpoint quarantined", uri=uri, reason=reason)
 
     def _age(self, prefix: Prefix) -> tuple[int, str]:
         """Sorts by step, then time of writing; a manifest that cannot be read comes last within its step."""
