@@ -33,6 +33,7 @@ def runtime():
 
 def job(**spec):
     document = load_yaml(JOB.split("---")[0], where="job.yaml")
+    document["spec"]["training"]["recipe"] |= {"globalBatch": 128, "virtualRanks": 64}
     return parse_job({**document, "spec": {**document["spec"], **spec}})
 
 

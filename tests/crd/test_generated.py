@@ -152,7 +152,7 @@ def test_values_are_checked_in_a_spec_and_only_named_in_a_status():
         "type": "array",
         "minItems": 2,
         "maxItems": 2,
-        "items": {"type": "number", "minimum": 0, "maximum": 1},
+        "items": {"type": "number", "minimum": 0, "exclusiveMinimum": True, "maximum": 1},
         "x-kubernetes-list-type": "atomic",
     }
     phase = at("PretrainJob", ".status.phase")

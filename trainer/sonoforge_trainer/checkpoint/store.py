@@ -8,20 +8,12 @@ never deleted.
 from __future__ import annotations
 
 import hashlib
-<<<<<<< HEAD
 import json
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
-=======
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
->>>>>>> c0536d477bd419777b053dd22b16bf8f4a402897
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -216,7 +208,6 @@ class CheckpointStore:
         part = self._read_tensor_file(uri, objects[TEACHER])
         return LoadedTeacher(manifest, ModelCard.from_json(bytes(card), where=MODEL_CARD), merge(uri, (part,)))
 
-<<<<<<< HEAD
     def metric_records(self, uri: str, manifest: CheckpointManifest) -> list[dict[str, Any]]:
         """The metric records of the steps between the checkpoint before and this one; none where it has no log.
 
@@ -229,16 +220,6 @@ class CheckpointStore:
         self._read(uri, stored, memoryview(text))
         return [json.loads(line) for line in text.splitlines()]
 
-    def latest_valid(self, verify: bool = True) -> CheckpointRef | None:
-        """The newest sound checkpoint, or None where there never was one.
-
-        With `verify` every object is read. Damaged ones on the way are quarantined. Raises AllCheckpointsDamagedError,
-        ForeignCheckpointError.
-        """
-        return self._newest(lambda ref: (self.verify(ref) if verify else None, ref)[1])
-
-=======
->>>>>>> c0536d477bd419777b053dd22b16bf8f4a402897
     def load_latest(self) -> LoadedCheckpoint | None:
         """Load the newest sound checkpoint, verified while it is read; None where there never was one.
 
