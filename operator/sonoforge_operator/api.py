@@ -157,9 +157,9 @@ class RestartPolicy(Part):
     """When a failing job is given up. Lost nodes and preemptions never count against it."""
 
     application: ApplicationBudget = ApplicationBudget()
-    """Application errors."""
+    """How many application errors a job survives."""
     no_progress: NoProgressBudget = NoProgressBudget()
-    """Restarts without progress."""
+    """How many restarts without a newer checkpoint a job survives."""
     startup_deadline: Duration = "30m"
     """Time from a start to the first step."""
     stall_after: Literal["auto"] | Duration = "auto"
@@ -172,15 +172,15 @@ class PretrainJobSpec(Part):
     runtime_ref: NameRef | None = None
     """The PretrainRuntime with the platform's defaults and limits."""
     training: TrainConfig
-    """Everything the result depends on. Immutable."""
+    """Everything the result of a run depends on."""
     workers: Workers = Workers()
     """The elastic group of nodes."""
     checkpoints: CheckpointConfig
-    """Durable state."""
+    """When checkpoints are made, where they go and which are kept."""
     evaluation: EvaluationPolicy = EvaluationPolicy()
-    """Evaluation of checkpoints."""
+    """Which evaluations every checkpoint gets, and what follows from the scores."""
     restart_policy: RestartPolicy = RestartPolicy()
-    """When to give up."""
+    """When a failing job is given up."""
     queue_name: OptionalObjectName = ""
     """Kueue queue. Empty: the runtime's."""
     suspend: bool = False
@@ -336,9 +336,9 @@ class PretrainRuntimeSpec(Part):
     execution: ExecutionConfig = ExecutionConfig()
     """How workers execute; nothing here changes a result beyond rounding."""
     images: Images = Images()
-    """Container images."""
+    """Where the programs come from."""
     accelerator: Accelerator = Accelerator()
-    """GPUs."""
+    """What a process computes on."""
     limits: Limits = Limits()
     """What a job may ask for at most."""
     workers: WorkerPods = WorkerPods()
@@ -350,9 +350,9 @@ class PretrainRuntimeSpec(Part):
     queue_name: OptionalObjectName = ""
     """Kueue queue of jobs that name none. Empty: no queue."""
     storage: StorageSettings = StorageSettings()
-    """Object storage."""
+    """How the pods reach object storage."""
     network: Network = Network()
-    """Network policies."""
+    """Which traffic of a job's pods is allowed."""
     hash_key_secret: OptionalObjectName = ""
     """Secret whose key `key` (16 bytes or more) hashes sample keys in logs. Empty: a key is drawn for each group."""
     user_id: Annotated[int, Field(ge=1)] = 65_532

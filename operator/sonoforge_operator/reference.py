@@ -50,9 +50,8 @@ class _Tables:
 
     def sections(self, schema: Schema, title: str, path: Path) -> Iterator[str]:
         """The table of a part, then those of the parts inside it."""
-        first, _, rest = schema.get("description", "").partition("\n")
         yield f"### {title}\n"
-        yield f"{_sentences(rest or first)}\n"
+        yield f"{_sentences(schema.get('description', ''))}\n"
         if path[0] == "spec":
             head = ["| field | type | default | description |", "|---|---|---|---|"]
         else:
@@ -78,7 +77,7 @@ class _Tables:
                 continue
             description = field.get("description", "")
             if key in large:
-                description = description.partition("\n")[0]  # the rest heads its own table
+                description = description.partition("\n")[0]  # the whole heads its own table
                 place = self._place(field, f"{title}.{key}")
                 description += "" if place == f"{title}.{key}" else f" Fields as in {place}."
             cells = [f"`{prefix}{name}`", _type(field), _sentences(description).replace("|", "\\|")]

@@ -164,7 +164,7 @@ class PretrainJobStatus(Part):
     lost_steps: int = 0
     """Steps that had to be done again."""
     goodput: Goodput = Goodput()
-    """Where the time went."""
+    """Where the time of a job went."""
     dataset: DatasetStatus = DatasetStatus()
     """The data set."""
     health: Health = Health()

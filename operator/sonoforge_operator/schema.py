@@ -93,8 +93,10 @@ class _Builder:
 
     def _field(self, source: Schema, owner: str, name: str, path: Path) -> Schema:
         made = self._value(source, path)
-        texts = [source.get("description", ""), made.get("description", "")]
-        texts = [*dict.fromkeys(t for t in texts if t), self._options.hint(path) if self._options.hint else ""]
+        own, of_type = source.get("description", ""), made.get("description", "")
+        if of_type.startswith(own.removesuffix(".")):
+            own = ""  # the type says the same and more
+        texts = [own, of_type, self._options.hint(path) if self._options.hint else ""]
         made = {"description": "\n".join(t for t in texts if t)} | {k: v for k, v in made.items() if k != "description"}
         if made.get("type") == "array" and (self._options.constraints or (owner, name) in self._lists):
             keys = self._lists.get((owner, name))

@@ -216,10 +216,11 @@ def test_a_field_may_be_null_where_nothing_is_given(kubectl):
 def test_explain_reads_like_documentation(kubectl):
     said = " ".join(kubectl("explain", "pj.spec.training.recipe").split())
     for text in (
-        "The training recipe. How to train.",
+        "The training recipe; a preset gives what is left out.",
         "globalBatch <integer> Images in one optimiser step, whatever the number of processes. "
         "Default: the preset's (dinov2-short 2048, ultradino 128, tiny 32).",
-        "preset <string> enum: dinov2-short, tiny, ultradino Where numbers that are not given come from.",
+        "preset <string> enum: dinov2-short, ultradino, tiny Where numbers that are not given come from. "
+        "Default: dinov2-short.",
     ):
         assert text in said
 

@@ -223,7 +223,7 @@ class OptimConfig(Part):
 
 
 class Recipe(Part):
-    """How to train."""
+    """The training recipe; a preset gives what is left out."""
 
     preset: Preset = "dinov2-short"
     """Where numbers that are not given come from."""
@@ -236,19 +236,19 @@ class Recipe(Part):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of data order, augmentation, masks, drop path and initial weights."""
     crops: CropsConfig = CropsConfig()
-    """Multi-crop geometry."""
+    """Multi-crop: two global views and several local ones."""
     augment: AugmentConfig = AugmentConfig()
-    """Augmentation."""
+    """Augmentation probabilities and strengths."""
     masks: MaskConfig = MaskConfig()
-    """iBOT masks."""
+    """Block masks for iBOT."""
     head: HeadConfig = HeadConfig()
-    """Projection heads."""
+    """The projection heads of DINO and iBOT."""
     loss: LossConfig = LossConfig()
-    """Losses and targets."""
+    """Loss weights and targets."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """Schedules."""
+    """Schedules over samples seen."""
     optim: OptimConfig = OptimConfig()
-    """Optimiser."""
+    """AdamW."""
 
     @property
     def micro_batch(self) -> int:
@@ -295,12 +295,12 @@ class Recipe(Part):
 
 
 class TrainConfig(Part):
-    """Everything the result of a run depends on: `spec.training` of a PretrainJob."""
+    """Everything the result of a run depends on. It cannot change after the start; another result is another job."""
 
     model: ModelConfig = ModelConfig()
-    """The backbone."""
+    """The student and teacher backbone."""
     data: DataConfig
-    """The images."""
+    """Where the images come from and how they are read."""
     recipe: Recipe = Recipe()
     """The training recipe."""
 
