@@ -304,6 +304,7 @@ class ControlPlane:
             *self._client(CONTROLLERS, port),
             "--root-ca-file=ca.crt",
             "--service-account-private-key-file=service-account.key",
+            "--use-service-account-credentials",  # the rights of each controller, and no others
             "--concurrent-job-syncs=20",
             # A node that is silent for 20 s is lost. With the usual 50 s a test of it takes a minute.
             "--node-monitor-period=1s",

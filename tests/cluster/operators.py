@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,21 @@ class OperatorProcess:
 
     def wait_until_ready(self, seconds: float = 60.0) -> None:
         """Wait until it leads and knows what is there."""
-        wait_for(lambda: self.get("/readyz")[0] == 200, f"the operator is ready\n{self.log_end()}", seconds)
+        self.wait_for(lambda: self.get("/readyz")[0] == 200, "the operator is ready", seconds)
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+        """Wait until a condition holds while it lives. Raises TimeoutError with the end of its log."""
+
+        def holds() -> bool:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the operator ended with {self.process.returncode}\n{self.log_end()}")
+            return condition()
+
+        try:
+            wait_for(holds, what, seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self.log_end()}") from None
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and text of an answer; status 0 where there is none."""

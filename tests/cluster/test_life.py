@@ -74,11 +74,11 @@ def test_a_job_is_applied_trained_evaluated_and_succeeds(operator, played, kubec
     def phase() -> str:
         return str(get(kubectl, "pj", "fetal").get("status", {}).get("phase"))
 
-    wait_for(lambda: phase() != "None", f"a status\n{operator.log_end()}", 30)
-    wait_for(lambda: len(get(kubectl, "ckpt")["items"]) == 1, f"the first checkpoint\n{operator.log_end()}", 60)
+    operator.wait_for(lambda: phase() != "None", "a status", 30)
+    operator.wait_for(lambda: len(get(kubectl, "ckpt")["items"]) == 1, "the first checkpoint", 60)
     played.paused = False
-    wait_for(lambda: phase() == "Running", f"Running\n{operator.log_end()}", 30)
-    wait_for(lambda: phase() == "Succeeded", f"Succeeded\n{operator.log_end()}", 120)
+    operator.wait_for(lambda: phase() == "Running", "Running", 30)
+    operator.wait_for(lambda: phase() == "Succeeded", "Succeeded", 120)
 
     job = get(kubectl, "pj", "fetal")
     status = job["status"]

@@ -37,7 +37,7 @@ class World:
         return str(self.get("pj", "fetal").get("status", {}).get("phase"))
 
     def wait_for_the_end(self) -> None:
-        wait_for(lambda: self.phase() == "Succeeded", f"Succeeded\n{self.operator.log_end()}", BOUND_SECONDS)
+        self.operator.wait_for(lambda: self.phase() == "Succeeded", "Succeeded", BOUND_SECONDS)
 
     def check(self) -> None:
         """Every checkpoint was evaluated once, and the operator never died."""
@@ -92,7 +92,7 @@ def test_a_job_ends_in_time_although(world, faults, happened):
 def test_watches_that_fall_silent_are_noticed_and_replaced(world):
     """Nothing is cut, nothing arrives: the worst a network does."""
     world.kubectl("apply", "--filename=-", stdin=JOB)
-    wait_for(lambda: world.phase() == "Running", f"Running\n{world.operator.log_end()}", 60)
+    world.operator.wait_for(lambda: world.phase() == "Running", "Running", 60)
     world.proxy.faults.silence = True
     wait_for(lambda: world.proxy.counts["silenced"] > 0, "an event that nobody hears", 30)
     world.proxy.faults.silence = False

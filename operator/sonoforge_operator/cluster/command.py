@@ -21,7 +21,7 @@ import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from sonoforge_operator.cluster.api_client import JOBS, Api
+from sonoforge_operator.cluster.api_client import JOBS, Api, ApiError
 from sonoforge_operator.cluster.coordinators import DEFAULT_URL, Coordinators
 from sonoforge_operator.cluster.freshness import Freshness
 from sonoforge_operator.cluster.handlers import Wiring, registry_of, settings
@@ -186,7 +186,13 @@ async def _work(options: Options, state: _State, reconciler: Reconciler, wiring:
     """Learn what is there, then watch and make passes until cancelled."""
     freshness, store = state.freshness, wiring.store
     began = time.monotonic()
-    await freshness.fill()
+    while True:
+        try:
+            await freshness.fill()
+            break
+        except ApiError as error:  # the server starts, or the custom resources are not there yet
+            log.warning("not-listed", status=error.status, reason=error.reason, message=error.message)
+            await asyncio.sleep(max(error.retry_after, RETRY_SECONDS))
     for job in store.all(JOBS.name):
         wiring.wake(JOBS, key_of(job))
     freshness.beat()

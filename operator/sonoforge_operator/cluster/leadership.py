@@ -36,7 +36,12 @@ class Leadership:
 
     async def win(self) -> None:
         """Return once this candidate holds the Lease."""
-        while not await self._try():
+        while True:
+            try:
+                if await self._try():
+                    break
+            except ApiError as error:
+                log.warning("lease-not-taken", status=error.status, reason=error.reason, message=error.message)
             await asyncio.sleep(RETRY_SECONDS)
         log.info("leading", identity=self._identity)
 

@@ -206,7 +206,7 @@ class ClusterPort:
                 continue
             if _label(found, LABEL_PART) == "worker":
                 await self._release_workers(job, found, status)
-            elif _label(found, LABEL_CHILD) not in wanted and not _over(found):
+            elif _label(found, LABEL_CHILD) not in wanted and not _over(found) and not _done(found, objects.pods):
                 await self._delete(BATCH_JOBS, found)
         if not any(child.kind == "coordinator" for child in decided.children):
             for found in objects.deployments:
@@ -272,6 +272,13 @@ def _label(manifest: Mapping[str, Any], label: str) -> str:
 def _over(job: Mapping[str, Any]) -> bool:
     conditions = (job.get("status") or {}).get("conditions") or ()
     return any(c.get("type") in ("Complete", "Failed") and c.get("status") == "True" for c in conditions)
+
+
+def _done(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the pods of a Job have ended, and it only was not told yet. Their logs are worth keeping."""
+    uid = job["metadata"].get("uid")
+    mine = [pod for pod in pods if any(o.get("uid") == uid for o in pod["metadata"].get("ownerReferences") or ())]
+    return bool(mine) and not any(_active(pod) for pod in mine)
 
 
 def _active(pod: Mapping[str, Any]) -> bool:
