@@ -90,7 +90,11 @@ class Lives:
                 loop = asyncio.get_running_loop()
                 freshness = Freshness(api, store, (self._namespace,), metrics, lambda kind, key: None, steady=loop.time)
                 while not until():
-                    await freshness.fill()  # what the watches would bring
+                    try:
+                        await freshness.fill()  # what the watches would bring
+                    except ApiError as error:
+                        self.errors.append(str(error))
+                        continue
                     for manifest in list(store.all(JOBS.name)):
                         try:
                             await reconciler.reconcile(key_of(manifest))

@@ -27,6 +27,16 @@ def apply_crds(control_plane: ControlPlane) -> None:
     folder = ROOT / "manifests" / "crds"
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", f"--filename={folder}")
     control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", f"--filename={folder}")
+    for kind in ("pretrainjobs", "pretrainruntimes", "evalsuites", "checkpoints"):  # established is not yet served
+        wait_for(lambda kind=kind: _listed(control_plane, kind), f"{kind} are served")
+
+
+def _listed(control_plane: ControlPlane, kind: str) -> bool:
+    try:
+        control_plane.kubectl("get", kind, "--all-namespaces", "--output=name")
+    except subprocess.CalledProcessError:
+        return False
+    return True
 
 
 def grant(control_plane: ControlPlane, namespace: str) -> Path:
