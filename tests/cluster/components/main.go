@@ -31,7 +31,7 @@ var programs = map[string]func(){
 	"etcd":                    server(func() { etcdmain.Main(os.Args) }),
 	"kube-apiserver":          server(run(apiserver.NewAPIServerCommand)),
 	"kube-controller-manager": server(run(controllers.NewControllerManagerCommand)),
-	"kube-scheduler":          server(run(scheduler.NewSchedulerCommand)),
+	"kube-scheduler":          server(run(func() *cobra.Command { return scheduler.NewSchedulerCommand() })),
 	"kube-proxy":              server(run(proxy.NewProxyCommand)),
 	// The kubelet installs a signal context of its own, and a process may have only one.
 	"kubelet": server(run(func() *cobra.Command { return kubelet.NewKubeletCommand(context.Background()) })),
@@ -71,7 +71,7 @@ func run(command func() *cobra.Command) func() {
 
 func runKubectl() {
 	// Flags of logging are read before the command exists, because plugins are looked up while it is made.
-	_ = logs.GlogSetter(kubectl.GetLogVerbosity(os.Args))
+	_, _ = logs.GlogSetter(kubectl.GetLogVerbosity(os.Args))
 	if err := cli.RunNoErrOutput(kubectl.NewDefaultKubectlCommand()); err != nil {
 		util.CheckErr(err)
 	}
