@@ -267,7 +267,6 @@ class ControlPlane:
             f"--initial-advertise-peer-urls=http://{LOOPBACK}:{peer}",
             f"--initial-cluster=test=http://{LOOPBACK}:{peer}",
             "--unsafe-no-fsync",  # a killed process loses nothing by it, and nobody cuts the power of a test
-            "--snapshot-count=5000",  # entries in memory
             "--log-level=warn",
         ]
 
@@ -302,6 +301,8 @@ class ControlPlane:
     def _controllers(self, port: int) -> list[str]:
         return [
             *self._client(CONTROLLERS, port),
+            # Each controller has rights of its own; the manager itself has hardly any.
+            "--use-service-account-credentials",
             "--root-ca-file=ca.crt",
             "--service-account-private-key-file=service-account.key",
             "--concurrent-job-syncs=20",
