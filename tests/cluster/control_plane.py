@@ -78,6 +78,7 @@ class ControlPlane:
             for name, flags in own.items()
         }
         self._health = {
+            ETCD: f"http://{LOOPBACK}:{etcd}/health",
             API_SERVER: f"{self.url}/readyz",
             CONTROLLERS: f"https://{LOOPBACK}:{controllers}/healthz",
             SCHEDULER: f"https://{LOOPBACK}:{scheduler}/healthz",
