@@ -44,10 +44,16 @@ def control_plane(programs: tuple[Path, Path], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def nodes(programs: tuple[Path, Path], control_plane: ControlPlane) -> Iterator[list[str]]:
+def kwok(programs: tuple[Path, Path], control_plane: ControlPlane) -> Iterator[Kwok]:
+    """The session's kwok, for tests that add nodes of their own kind."""
+    with Kwok(programs[1] / "kwok", control_plane) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def nodes(kwok: Kwok) -> list[str]:
     """Names of played nodes, each with 4 GPUs; pods on them run at once, see stages.yaml."""
-    with Kwok(programs[1] / "kwok", control_plane) as kwok:
-        yield kwok.add_nodes(NODES)
+    return kwok.add_nodes(NODES)
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,7 @@ class ControlPlane:
             for name, flags in own.items()
         }
         self._health = {
+            ETCD: f"http://{LOOPBACK}:{etcd}/health",
             API_SERVER: f"{self.url}/readyz",
             CONTROLLERS: f"https://{LOOPBACK}:{controllers}/healthz",
             SCHEDULER: f"https://{LOOPBACK}:{scheduler}/healthz",
@@ -267,7 +268,6 @@ class ControlPlane:
             f"--initial-advertise-peer-urls=http://{LOOPBACK}:{peer}",
             f"--initial-cluster=test=http://{LOOPBACK}:{peer}",
             "--unsafe-no-fsync",  # a killed process loses nothing by it, and nobody cuts the power of a test
-            "--snapshot-count=5000",  # entries in memory
             "--log-level=warn",
         ]
 
@@ -302,6 +302,8 @@ class ControlPlane:
     def _controllers(self, port: int) -> list[str]:
         return [
             *self._client(CONTROLLERS, port),
+            # Each controller has rights of its own; the manager itself has hardly any.
+            "--use-service-account-credentials",
             "--root-ca-file=ca.crt",
             "--service-account-private-key-file=service-account.key",
             "--use-service-account-credentials",  # the rights of each controller, and no others

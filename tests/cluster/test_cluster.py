@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,10 +18,13 @@ from control_plane import API_SERVER, ETCD
 from kubernetes import client
 
 
+def status(kubectl, name: str) -> dict[str, Any]:
+    return json.loads(kubectl("get", "job", name, "--output=json"))["status"]
+
+
 def finished(kubectl, name: str) -> str | None:
     """Complete, Failed, or None while it is neither."""
-    job = json.loads(kubectl("get", "job", name, "--output=json"))
-    ends = {"Complete", "Failed"} & {each["type"] for each in job["status"].get("conditions", [])}
+    ends = {"Complete", "Failed"} & {each["type"] for each in status(kubectl, name).get("conditions", [])}
     return ends.pop() if ends else None
 
 
@@ -48,8 +52,45 @@ def test_a_pod_ends_by_itself_with_the_code_and_message_of_its_annotations(kubec
     kubectl("create", "--filename=-", stdin=yaml.safe_dump(job_of("ends", annotations=annotations)))
     wait_for(lambda: finished(kubectl, "ends") == "Failed", "the job failed")
     (pod,) = json.loads(kubectl("get", "pods", "--selector=job-name=ends", "--output=json"))["items"]
-    ended = pod["status"]["containerStatuses"][0]["state"]["terminated"]
+    state = pod["status"]["containerStatuses"][0]["state"]
+    ended = state.pop("terminated")
+    assert state == {}  # a container is in one state
     assert (ended["exitCode"], ended["message"]) == (3, '{"cause": "storage"}')
+
+
+def test_a_disrupted_pod_is_not_held_against_its_job_and_a_failed_one_is(kubectl, nodes, pods, job_of):
+    """The rest of the player: pods wait, run, are told to make room, fail."""
+    rule = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    policy = {"podReplacementPolicy": "Failed", "podFailurePolicy": {"rules": [rule]}}
+    held = {"cluster.sonoforge.dev/hold": "yes"}
+    job = job_of("moves", annotations=held, completions=2, parallelism=2, **policy)
+    kubectl("create", "--filename=-", stdin=yaml.safe_dump(job))
+    wait_for(lambda: len(pods.names("job-name=moves")) == 2, "two pods")
+    first, second = pods.names("job-name=moves")
+    pods.hold(first, "ImagePullBackOff")
+    assert "ImagePullBackOff" in kubectl("get", "pod", first)
+    for name in (first, second):
+        pods.run(name)
+        assert "Running" in kubectl("get", "pod", name)
+    pods.disrupt(first)
+    pods.fail(second, 3, "out of memory", reason="OOMKilled")
+    wait_for(lambda: finished(kubectl, "moves") == "Failed", "the job failed")
+    assert status(kubectl, "moves")["failed"] == 1  # of two that ended
+
+
+def test_a_deleted_pod_ends_with_the_code_of_a_signal_before_it_goes(kubectl, nodes, pods, job_of):
+    """As with a kubelet: the job counts the failure, because the status came before the object went."""
+    annotations = {"cluster.sonoforge.dev/stop-after": "1s"}
+    job = job_of("stops", annotations=annotations, podReplacementPolicy="Failed")
+    kubectl("create", "--filename=-", stdin=yaml.safe_dump(job))
+    wait_for(lambda: len(pods.names("job-name=stops")) == 1, "one pod")
+    (name,) = pods.names("job-name=stops")
+    pods.wait_for_phase(name, "Running")
+    kubectl("delete", "pod", name, "--wait=false")
+    assert "Terminating" in kubectl("get", "pod", name)
+    wait_for(lambda: finished(kubectl, "stops") == "Failed", "the job failed")
+    assert status(kubectl, "stops")["failed"] == 1
+    wait_for(lambda: name not in kubectl("get", "pods", "--output=name"), "the pod is gone")
 
 
 def test_the_namespace_refuses_a_pod_that_is_not_restricted(kubectl, namespace):
