@@ -41,7 +41,8 @@ class Scene:
         job = self.job()
         if job is None or job.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
             return False
-        return not self.get("deployments")["items"]
+        pods = [p["status"].get("phase") for p in self.get("pods")["items"]]
+        return not self.get("deployments")["items"] and not {"Pending", "Running"} & set(pods)
 
 
 @pytest.fixture
