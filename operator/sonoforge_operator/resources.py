@@ -70,7 +70,7 @@ class Goodput(Part):
     productive_seconds: float = 0.0
     """Time in steps that were kept."""
     lost_seconds: dict[str, float] = {}
-    """Other time by cause, for example queue, start, rendezvous, restore, checkpoint, lost-work, hang."""
+    """Other time by cause, for example queue, start, rendezvous, restore, checkpoint, lostWork, hang."""
 
 
 class DatasetStatus(Part):
