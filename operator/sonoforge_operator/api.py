@@ -94,7 +94,7 @@ class Workers(Part):
 
     min_nodes: Annotated[int, Field(ge=1)] = 1
     """Training goes on with this many; below it the run waits."""
-    max_nodes: Annotated[int, Field(ge=1)] = 1
+    max_nodes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Training grows up to this many. May change while the job runs."""
     gpus_per_node: Annotated[int, Field(ge=1)] = 1
     """Processes on each node, one a GPU. On a machine without GPUs, processes.

@@ -35,9 +35,14 @@ RULES: list[Manifest] = [
     {"apiGroups": [""], "resources": ["configmaps", "services", "serviceaccounts"], "verbs": _KEEP},
     {"apiGroups": ["networking.k8s.io"], "resources": ["networkpolicies"], "verbs": _KEEP},
     {"apiGroups": [""], "resources": ["events"], "verbs": ["get", "create", "patch"]},
-    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": [*_READ, "create", "update"]},
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": _READ},
 ]
 """Rights of the operator in a namespace that it serves, and in its own."""
+OWN_RULES: list[Manifest] = [
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]},
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "resourceNames": [NAME], "verbs": ["update"]},
+]
+"""Further rights in its own namespace: to hold its Lease, and no other."""
 
 
 def install(*, cluster_wide: bool) -> Iterator[Manifest]:
@@ -51,7 +56,8 @@ def install(*, cluster_wide: bool) -> Iterator[Manifest]:
         yield {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "sonoforge-system", "labels": labels}}
     yield _object("v1", "ServiceAccount", namespace, automountServiceAccountToken=False)
     kind = "ClusterRole" if cluster_wide else "Role"
-    yield _object("rbac.authorization.k8s.io/v1", kind, {}, rules=RULES)
+    rules = RULES if cluster_wide else [*RULES, *OWN_RULES]
+    yield _object("rbac.authorization.k8s.io/v1", kind, {}, rules=rules)
     yield _object(
         "rbac.authorization.k8s.io/v1",
         f"{kind}Binding",
@@ -59,6 +65,15 @@ def install(*, cluster_wide: bool) -> Iterator[Manifest]:
         roleRef={"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": NAME},
         subjects=[{"kind": "ServiceAccount", "name": NAME, **namespace}],
     )
+    if cluster_wide:
+        yield _object("rbac.authorization.k8s.io/v1", "Role", namespace, rules=OWN_RULES)
+        yield _object(
+            "rbac.authorization.k8s.io/v1",
+            "RoleBinding",
+            namespace,
+            roleRef={"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": NAME},
+            subjects=[{"kind": "ServiceAccount", "name": NAME, **namespace}],
+        )
     yield _object("networking.k8s.io/v1", "NetworkPolicy", namespace, spec=_network())
     yield _object("apps/v1", "Deployment", namespace, spec=_deployment(cluster_wide=cluster_wide))
 

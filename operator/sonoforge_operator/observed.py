@@ -105,5 +105,3 @@ class Plan:
     """What to tell."""
     wake_after: float = 1.0
     """Seconds until the next pass, if nothing happens before."""
-    expired: bool = False
-    """Whether the job itself is to be deleted, because it ended long enough ago."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sonoforge_operator import rules
 from sonoforge_operator.accounting import account
-from sonoforge_operator.api import JobFile, seconds
+from sonoforge_operator.api import JobFile
 from sonoforge_operator.children import (
     any_worker_runs,
     attempt_of,
@@ -32,7 +32,7 @@ _LEAVING_SECONDS = 60.0
 def plan(job: JobFile, observed: Observed, now: float) -> Plan:
     """What the children and the status of a job should be at time `now` (Unix seconds)."""
     if observed.status.terminal:
-        return _after_the_end(job, observed.status, now)
+        return Plan(children=(), status=observed.status, wake_after=float("inf"))
     turn = Turn(job, observed, now, observed.status)
     for part in (
         _accept,
@@ -61,13 +61,6 @@ def plan(job: JobFile, observed: Observed, now: float) -> Plan:
         events=turn.events,
         wake_after=_POLL_SECONDS,
     )
-
-
-def _after_the_end(job: JobFile, status: JobStatus, now: float) -> Plan:
-    """Nothing changes any more, until the job itself is deleted."""
-    ttl = job.job.spec.ttl_after_finished
-    left = status.finished + seconds(ttl) - now if ttl else float("inf")
-    return Plan(children=(), status=status, wake_after=max(0.0, left), expired=left <= 0)
 
 
 def _accept(at: Turn) -> Turn:

@@ -23,6 +23,7 @@ MUST = [
     ("create", "", "serviceaccounts", ""),
     ("create", "networking.k8s.io", "networkpolicies", ""),
     ("create", "", "events", ""),
+    ("watch", "coordination.k8s.io", "leases", ""),
     ("update", "coordination.k8s.io", "leases", ""),
 ]
 MUST_NOT = [

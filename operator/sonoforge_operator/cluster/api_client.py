@@ -231,7 +231,11 @@ class Api:
         content: str = "application/json",
         accept: str = "application/json",
     ) -> Manifest:
-        return _document(await self._exchange(method, path, query or {}, body, content, accept))
+        data = await self._exchange(method, path, query or {}, body, content, accept)
+        document = _document(data)
+        if not document:
+            raise ApiError(0, "Unreadable", "the API server answered with something that is not an object")
+        return document
 
     async def _exchange(
         self, method: str, path: str, query: Mapping[str, str], body: object, content: str, accept: str

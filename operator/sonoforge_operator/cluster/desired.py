@@ -253,7 +253,7 @@ def small_job(job: ClusterJob, child: Child, owner: Manifest) -> Manifest:
     plan = PodPlan(
         part=part,
         command=(*_TRAINER, *command),
-        settings=runtime.evaluation,
+        settings=runtime.evaluation if part == "evaluation" else runtime.coordinator,
         gpus=runtime.evaluation.gpus if part == "evaluation" else 0,
         request_annotation=ANNOTATION_REQUEST if annotations else "",
     )
@@ -266,7 +266,7 @@ def small_job(job: ClusterJob, child: Child, owner: Manifest) -> Manifest:
         "ttlSecondsAfterFinished": _KEEP_ENDED_SECONDS,
         "template": template,
     }
-    return _job(job, names.child(child.name), labels, spec, owner)
+    return _job(job, names.child(child.name), labels, spec, owner, queued=part == "evaluation")
 
 
 def checkpoint_object(job: ClusterJob, ref: CheckpointRef) -> Manifest:
@@ -281,8 +281,10 @@ def checkpoint_object(job: ClusterJob, ref: CheckpointRef) -> Manifest:
     )
 
 
-def _job(job: ClusterJob, name: str, labels: Mapping[str, str], spec: Manifest, owner: Manifest) -> Manifest:
-    queue = queue_of(job.file.job, job.runtime)
+def _job(
+    job: ClusterJob, name: str, labels: Mapping[str, str], spec: Manifest, owner: Manifest, *, queued: bool = True
+) -> Manifest:
+    queue = queue_of(job.file.job, job.runtime) if queued else ""
     metadata_labels = {**labels, **({LABEL_QUEUE: queue} if queue else {})}
     manifest = _object(job, "batch/v1", "Job", name, metadata_labels, spec=spec)
     manifest["metadata"]["ownerReferences"] = [owner]

@@ -81,13 +81,14 @@ class Freshness:
             await asyncio.sleep(_GRACE_SECONDS)  # a watch is allowed to be a little late
             behind = {place: known for place, known in (await self._behind(kind)).items() if behind.get(place) == known}
         for namespace, name in behind:
+            self._changed(kind, Key(namespace, name))  # while it is still known whose it is
             try:
                 self._store.put(kind.name, await self._api.get(kind, namespace, name))
+                self._changed(kind, Key(namespace, name))
             except NotFoundError:
                 found = self._store.get(kind.name, namespace, name)
                 if found is not None:
                     self._store.remove(kind.name, found)
-            self._changed(kind, Key(namespace, name))
         if behind and kind not in STANDING:
             self._metrics.missed_changes.labels(kind.name).inc(len(behind))
             log.warning("watch-missed-changes", kind=kind.name, count=len(behind))

@@ -22,6 +22,9 @@ from sonoforge_operator.cluster.store import Store, key_of
 from sonoforge_operator.limits import narrow
 from sonoforge_trainer.contract import ContractError, Evaluation
 
+DEFAULT_RUNTIME = "default"
+"""The PretrainRuntime of a job that names none."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -75,13 +78,15 @@ def references(manifest: Mapping[str, Any]) -> set[tuple[str, str]]:
         name = ref.get("name") if isinstance(ref, Mapping) else None
         if isinstance(name, str):
             found.add((kind, name))
+        elif kind == "PretrainRuntime":
+            found.add((kind, DEFAULT_RUNTIME))
     return found
 
 
 def _runtime(job: PretrainJob, key: Key, store: Store) -> PretrainRuntimeSpec:
-    if job.spec.runtime_ref is None:
-        return PretrainRuntimeSpec()
-    return parse_runtime(_named("PretrainRuntime", job.spec.runtime_ref.name, "runtimeRef", key, store)).spec
+    # Without one a job would escape every limit of the platform.
+    name = job.spec.runtime_ref.name if job.spec.runtime_ref else DEFAULT_RUNTIME
+    return parse_runtime(_named("PretrainRuntime", name, "runtimeRef", key, store)).spec
 
 
 def _evaluations(job: PretrainJob, key: Key, store: Store) -> tuple[Evaluation, ...]:

@@ -11,6 +11,7 @@ import structlog
 
 from sonoforge_operator.cluster.api_client import LEASES, Api, ApiError, ConflictError, NotFoundError
 from sonoforge_operator.cluster.facts import unix_seconds
+from sonoforge_operator.cluster.names import LABEL_MANAGED, MANAGER
 
 log = structlog.get_logger(__name__)
 
@@ -71,7 +72,7 @@ class Leadership:
         try:
             lease = await self._api.get(LEASES, self._namespace, LEASE_NAME)
         except NotFoundError:
-            metadata = {"name": LEASE_NAME, "namespace": self._namespace}
+            metadata = {"name": LEASE_NAME, "namespace": self._namespace, "labels": {LABEL_MANAGED: MANAGER}}
             try:
                 await self._api.create({**_KIND, "metadata": metadata, "spec": self._spec(0, None)})
             except ConflictError:

@@ -47,7 +47,9 @@ class Names:
         """What every name starts with: the job's name, shortened where it must be, and a digest of its uid."""
         digest = hashlib.sha256(self.uid.encode()).hexdigest()[:8]
         room = _LONGEST - _LONGEST_CHILD - 1 - len(digest) - 1
-        return f"{self.key.name.replace('.', '-')[:room].rstrip('-')}-{digest}"
+        name = self.key.name.replace(".", "-")
+        name = name if name[:1].isalpha() else f"j{name}"  # a Service has to begin with a letter
+        return f"{name[:room].rstrip('-')}-{digest}"
 
     @property
     def coordinator(self) -> str:

@@ -21,6 +21,7 @@ from sonoforge_operator.cluster.api_client import (
     JOBS,
     PODS,
     Api,
+    ApiError,
     ConflictError,
     Kind,
     Manifest,
@@ -29,19 +30,24 @@ from sonoforge_operator.cluster.api_client import (
 from sonoforge_operator.cluster.coordinators import Coordinators
 from sonoforge_operator.cluster.desired import ClusterJob, digest_of, owner_reference
 from sonoforge_operator.cluster.facts import facts, unanswered
-from sonoforge_operator.cluster.names import LABEL_ATTEMPT, LABEL_CHILD, LABEL_PART
+from sonoforge_operator.cluster.names import LABEL_ATTEMPT, LABEL_CHILD, LABEL_PART, Names
 from sonoforge_operator.cluster.posting import Posting
 from sonoforge_operator.cluster.projection import checkpoint_document, job_document
 from sonoforge_operator.cluster.record import recall, weighty
 from sonoforge_operator.cluster.store import Store, key_of
-from sonoforge_operator.observed import Child, Observed, Plan
+from sonoforge_operator.observed import Child, Event, Observed, Plan
 from sonoforge_operator.status import CheckpointStatus, JobStatus
-from sonoforge_trainer.contract import Request
+from sonoforge_trainer.contract import Progress, Request, canonical_json
 
 log = structlog.get_logger(__name__)
 
 _NUMBERS_SECONDS = 10.0
 """Progress alone is written no more often than this."""
+_IDLE_NUMBERS_SECONDS = 120.0
+"""And while there is none, only the time that is lost."""
+_MOST_SENT = 100_000
+_NO_ATTEMPT = 0
+_MOST_CHECKPOINTS, _LONGEST_URI = 10_000, 1024
 
 
 @dataclass
@@ -58,6 +64,7 @@ class ClusterPort:
     def __init__(self, api: Api, store: Store, coordinators: Coordinators) -> None:
         self._api, self._store, self._coordinators = api, store, coordinators
         self._memory: dict[str, _Memory] = {}
+        self._sent: dict[str, tuple[str, int]] = {}
         self._posting = Posting(api)
 
     # --- observe ------------------------------------------------------------------------------------------------------
@@ -67,22 +74,25 @@ class ClusterPort:
         status = self._status(job, now)
         if status.terminal:
             return Observed(status=status)
-        children = facts(self._store.owned(job.names.uid), status, now)
+        children = facts(self._store.owned(job.names), status, now)
         deployed = self._store.get(DEPLOYMENTS.name, job.names.key.namespace, job.names.coordinator)
-        progress = await self._coordinators.progress(job.names) if deployed else None
-        return Observed(status=status, children=children, progress=progress)
+        # One that is not ready would only be waited for.
+        ready = bool(deployed and (deployed.get("status") or {}).get("readyReplicas"))
+        progress = await self._coordinators.progress(job.names) if ready else None
+        return Observed(status=status, children=children, progress=believable(progress, job) if progress else None)
 
     def _status(self, job: ClusterJob, now: float) -> JobStatus:
         """The status as last decided here, or as last written."""
         uid = job.names.uid
         if uid not in self._memory:
-            found = recall(self._manifest(job), self._store.of_job(uid, CHECKPOINTS.name), job.file)
+            found = recall(self._manifest(job), self._store.checkpoints(job.names), job.file)
             self._memory[uid] = _Memory(found, written=now)
         return self._memory[uid].status
 
     def forget(self, uid: str) -> None:
         """Forget what was decided for a job: it is gone, or somebody else wrote its status."""
         self._memory.pop(uid, None)
+        self._sent.pop(uid, None)
 
     # --- record -------------------------------------------------------------------------------------------------------
 
@@ -104,9 +114,7 @@ class ClusterPort:
         if found is None:
             found = await self._api.apply(desired.checkpoint_object(job, checkpoint.ref))
             self._store.put(CHECKPOINTS.name, found)
-        document = checkpoint_document(checkpoint, status, job.file)
-        if found.get("status") != document:
-            self._store.put(CHECKPOINTS.name, await self._api.put_status(CHECKPOINTS, found, document))
+        await self._put_status(CHECKPOINTS, found, checkpoint_document(checkpoint, status, job.file))
 
     async def _record_job(self, job: ClusterJob, observed: Observed, status: JobStatus, now: float) -> None:
         uid, manifest = job.names.uid, self._manifest(job)
@@ -114,27 +122,43 @@ class ClusterPort:
         followed = manifest["metadata"].get("generation") == (manifest.get("status") or {}).get("observedGeneration")
         if followed and weighty(known.status) == weighty(status):
             known.status = status
-            if status.terminal or now - known.written < _NUMBERS_SECONDS:
+            interval = _NUMBERS_SECONDS if status.phase == "Running" else _IDLE_NUMBERS_SECONDS
+            if status.terminal or now - known.written < interval:
                 return
-        document = job_document(job, status, observed, manifest, now)
-        if manifest.get("status") != document:
-            self._store.put(JOBS.name, await self._api.put_status(JOBS, manifest, document))
+        await self._put_status(JOBS, manifest, job_document(job, status, observed, manifest, now))
         self._memory[uid] = _Memory(status, now)
 
-    async def reject(self, key_manifest: Mapping[str, Any], document: Manifest) -> None:
+    async def reject(self, manifest: Mapping[str, Any], document: Manifest) -> None:
         """Write the status of a job that cannot run as it is."""
-        if key_manifest.get("status") != document:
-            self._store.put(JOBS.name, await self._api.put_status(JOBS, key_manifest, document))
+        await self._put_status(JOBS, manifest, document)
+
+    async def _put_status(self, kind: Kind, manifest: Mapping[str, Any], document: Manifest) -> None:
+        """Write a status, unless it is the one that is there or the one that was sent last.
+
+        A server whose resource definition is older drops fields: what comes back is then not what was sent.
+        """
+        uid = str(manifest["metadata"].get("uid", ""))
+        sent = hash(canonical_json(document))
+        if manifest.get("status") == document or self._sent.get(uid) == (_version(manifest), sent):
+            return
+        written = await self._api.put_status(kind, manifest, document)
+        self._store.put(kind.name, written)
+        if len(self._sent) > _MOST_SENT:
+            self._sent.clear()  # then some are sent again
+        self._sent[uid] = (_version(written), sent)
 
     async def _refresh(self, job: ClusterJob) -> None:
         """Read what changed behind our back, rather than wait for the watch."""
         key = job.names.key
         try:
             self._store.put(JOBS.name, await self._api.get(JOBS, key.namespace, key.name))
-            for found in list(self._store.of_job(job.names.uid, CHECKPOINTS.name)):
-                self._store.put(CHECKPOINTS.name, await self._api.get(CHECKPOINTS, key.namespace, key_of(found).name))
         except NotFoundError:
             return
+        for found in self._store.checkpoints(job.names):
+            try:
+                self._store.put(CHECKPOINTS.name, await self._api.get(CHECKPOINTS, key.namespace, key_of(found).name))
+            except NotFoundError:
+                self._store.remove(CHECKPOINTS.name, found)
 
     # --- apply --------------------------------------------------------------------------------------------------------
 
@@ -144,16 +168,27 @@ class ClusterPort:
             await self._apply_all(job, desired.standing_objects(job))
         for request in decided.requests:
             await self._send(job, request)
-        await self._release(job, decided, now)
+        await self._release(job.names, decided, training_wanted(job.file, decided.status), now)
         await self._start(job, decided)
         await self._posting.post(job.names, decided.events, now)
         if decided.status.terminal:
             self.forget(job.names.uid)
 
-    async def expire(self, job: ClusterJob) -> None:
+    async def complain(self, names: Names, error: ApiError, now: float) -> None:
+        """Tell the user what the API server refused: a quota, an admission rule, a missing right."""
+        if names.uid and 400 <= error.status < 500 and error.status not in (404, 409, 422, 429):
+            await self._posting.post(names, (Event("Refused", f"{error.reason}: {error.message}", warning=True),), now)
+
+    async def retire(self, names: Names, now: float) -> bool:
+        """End whatever a job still holds after its end. Whether nothing is left of it."""
+        self.forget(names.uid)
+        await self._release(names, Plan(children=(), status=JobStatus(attempt=_NO_ATTEMPT)), False, now)
+        objects = self._store.owned(names)
+        return not objects.deployments and not any(_active(pod) for pod in objects.pods)
+
+    async def expire(self, names: Names) -> None:
         """Delete a job that ended long enough ago; what it owns goes with it."""
-        key = job.names.key
-        await self._api.delete(JOBS, key.namespace, key.name, uid=job.names.uid)
+        await self._api.delete(JOBS, names.key.namespace, names.key.name, uid=names.uid)
 
     async def _apply_all(self, job: ClusterJob, manifests: Iterable[Manifest]) -> None:
         """Apply what differs from what was applied before."""
@@ -166,10 +201,15 @@ class ClusterPort:
     async def _start(self, job: ClusterJob, decided: Plan) -> None:
         """Make what is wanted and not there. What is there is left alone: no pod is changed while it runs."""
         wanted: dict[tuple[str, str], Manifest] = {}
+        attempts = set()
         for child in decided.children:
+            if child.kind == "worker":
+                if child.attempt in attempts:
+                    continue  # one Job has all nodes of an attempt
+                attempts.add(child.attempt)
             manifest = self._manifest_of(job, child, decided.status)
             if manifest is not None:
-                wanted.setdefault((manifest["kind"], manifest["metadata"]["name"]), manifest)
+                wanted[manifest["kind"], manifest["metadata"]["name"]] = manifest
         for (kind, name), manifest in wanted.items():
             if self._store.get(kind, job.names.key.namespace, name) is None:
                 self._store.put(kind, await self._api.apply(manifest))
@@ -196,24 +236,23 @@ class ClusterPort:
                 return owner_reference("Checkpoint", name, str(found["metadata"]["uid"])) if found else None
         return None
 
-    async def _release(self, job: ClusterJob, decided: Plan, now: float) -> None:
+    async def _release(self, names: Names, decided: Plan, training: bool, now: float) -> None:
         """End what is not wanted. Pods that ended stay for their logs, as long as they hold nothing."""
-        objects = self._store.owned(job.names.uid)
+        objects = self._store.owned(names)
         wanted = {child.name for child in decided.children}
         status = decided.status
         for found in objects.jobs:
             if found["metadata"].get("deletionTimestamp"):
                 continue
             if _label(found, LABEL_PART) == "worker":
-                await self._release_workers(job, found, status)
+                await self._release_workers(found, status.attempt, training)
             elif _label(found, LABEL_CHILD) not in wanted and not _over(found) and not _done(found, objects.pods):
                 await self._delete(BATCH_JOBS, found)
         if not any(child.kind == "coordinator" for child in decided.children):
             for found in objects.deployments:
                 if not found["metadata"].get("deletionTimestamp"):
                     await self._delete(DEPLOYMENTS, found)
-        killed = {name for name in decided.kill if "-" in name}
-        attempts = {attempt_of(name) for name in killed}
+        attempts = {attempt_of(name) for name in decided.kill}
         for pod in objects.pods:
             # A node that cannot be reached never says that its pods ended; one that failed gets no time to save.
             doomed = _label(pod, LABEL_ATTEMPT).isdigit() and int(_label(pod, LABEL_ATTEMPT)) in attempts
@@ -222,11 +261,12 @@ class ClusterPort:
             elif doomed and _active(pod) and not pod["metadata"].get("deletionTimestamp"):
                 await self._delete(PODS, pod, grace_seconds=1)
 
-    async def _release_workers(self, job: ClusterJob, found: Mapping[str, Any], status: JobStatus) -> None:
-        attempt = int(_label(found, LABEL_ATTEMPT) or 0)
-        if attempt == status.attempt and training_wanted(job.file, status):
+    async def _release_workers(self, found: Mapping[str, Any], current: int, training: bool) -> None:
+        label = _label(found, LABEL_ATTEMPT)
+        attempt = int(label) if label.isdigit() and len(label) < 10 else 0
+        if attempt == current and training:
             return
-        if attempt < status.attempt - 1:
+        if 0 < attempt < current - 1:
             await self._delete(BATCH_JOBS, found)
         elif (found.get("spec") or {}).get("parallelism") != 0 and not _over(found):
             key = key_of(found)
@@ -252,7 +292,7 @@ class ClusterPort:
         lost = known.status.worker_lost if known else ()
         index = int(request.node)
         identity = lost[index] if index < len(lost) else ""
-        for pod in self._store.of_job(job.names.uid, PODS.name):
+        for pod in self._store.of_job(job.names, PODS.name):
             if identity and pod["metadata"].get("uid") == identity:
                 return str((pod.get("status") or {}).get("podIP") or "")
         return ""
@@ -263,6 +303,25 @@ class ClusterPort:
         if manifest is None or manifest["metadata"].get("uid") != job.names.uid:
             raise NotFoundError(404, "NotFound", f"the PretrainJob {key} is gone")
         return manifest
+
+
+def believable(progress: Progress, job: ClusterJob) -> Progress:
+    """What a coordinator says, without checkpoints that cannot be this job's."""
+    spec = job.file.job.spec
+    place = spec.checkpoints.uri.rstrip("/") + "/"
+
+    def ours(uri: str) -> bool:
+        return uri.startswith(place) and len(uri) <= _LONGEST_URI
+
+    refs = [ref for ref in progress.checkpoints if ours(ref.uri) and 0 <= ref.step <= spec.training.recipe.steps]
+    damaged = [uri for uri in progress.quarantined if ours(uri)]
+    return progress.model_copy(
+        update={"checkpoints": tuple(refs[:_MOST_CHECKPOINTS]), "quarantined": tuple(damaged[:_MOST_CHECKPOINTS])}
+    )
+
+
+def _version(manifest: Mapping[str, Any]) -> str:
+    return str(manifest["metadata"].get("resourceVersion"))
 
 
 def _label(manifest: Mapping[str, Any], label: str) -> str:

@@ -30,6 +30,7 @@ from sonoforge_trainer.contract import Progress, split_score
 Document = dict[str, Any]
 
 _SHOWN_SCORES = 3
+_LONGEST_ETA_SECONDS = 10 * 365 * 86400
 
 
 def job_document(
@@ -170,7 +171,7 @@ def rfc3339(seconds: float) -> str:
 def _as_rfc3339(text: str) -> str:
     try:
         return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         return ""
 
 
@@ -200,7 +201,7 @@ def _condition(condition: Condition, generation: int) -> KubeCondition:
 
 
 def _eta(samples: int, rate: float) -> str:
-    if rate <= 0:
+    if rate <= 0 or samples / rate > _LONGEST_ETA_SECONDS:
         return ""
     left = int(samples / rate)
     days, hours, minutes = left // 86400, left // 3600 % 24, left // 60 % 60

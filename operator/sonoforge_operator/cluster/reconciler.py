@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import structlog
 
+from sonoforge_operator.api import seconds
 from sonoforge_operator.cluster.api_client import JOBS, ApiError, ConflictError
 from sonoforge_operator.cluster.coordinators import Coordinators
+from sonoforge_operator.cluster.facts import unix_seconds
 from sonoforge_operator.cluster.jobs import RejectedError, Site, references, resolve
 from sonoforge_operator.cluster.metrics import Metrics
-from sonoforge_operator.cluster.names import Key
+from sonoforge_operator.cluster.names import Key, Names
 from sonoforge_operator.cluster.port import ClusterPort
 from sonoforge_operator.cluster.projection import rejected_document
+from sonoforge_operator.cluster.record import UnreadableRecordError
 from sonoforge_operator.cluster.store import Store, key_of
 from sonoforge_operator.plan import plan
 
 log = structlog.get_logger(__name__)
 
 _LOOK_AGAIN_SECONDS = 300.0
+_RETIRE_SECONDS = 5.0
+_UNREADABLE = (
+    "status.record was not written by this version of the operator; start the version that wrote it, or remove "
+    "status.record to begin the job anew from its newest checkpoint"
+)
 _JOBS_A_SECOND = 100.0
 _LONGEST_POLL_SECONDS = 30.0
+
+
+def finished_at(manifest: Mapping[str, Any]) -> float:
+    """Unix time at which a job ended; 0 where it did not."""
+    status = manifest.get("status")
+    text = status.get("completionTime") if isinstance(status, Mapping) else None
+    return unix_seconds(text) if isinstance(text, str) else 0.0
+
+
+def time_to_live(manifest: Mapping[str, Any], finished: float) -> float:
+    """Unix time at which a job that ended is deleted; infinite where it says nothing of it that can be read."""
+    spec = manifest.get("spec")
+    text = spec.get("ttlAfterFinished") if isinstance(spec, Mapping) else None
+    if not isinstance(text, str) or not re.fullmatch(r"([0-9]{1,9}[smhd])+", text):
+        return float("inf")
+    return finished + seconds(text)
 
 
 class Reconciler:
@@ -61,6 +87,7 @@ class Reconciler:
             raise
         except ApiError as error:
             self._metrics.failed_passes.labels("api").inc()
+            await self._port.complain(Names(key, self._uids.get(key, "")), error, self._clock())
             log.warning("pass-failed", job=str(key), status=error.status, reason=error.reason, message=error.message)
             raise
         except Exception as error:
@@ -80,27 +107,41 @@ class Reconciler:
             self._forget(key)
             self._uids[key] = uid
         now = self._clock()
+        finished = finished_at(manifest)
+        if finished:
+            return await self._after_the_end(manifest, Names(key, uid), finished, now)
         try:
             job = resolve(manifest, self._store, self._coordinators, self._site)
+            observed = await self._port.observe(job, now)
         except RejectedError as error:
             await self._port.reject(manifest, rejected_document(manifest, error.reason, error.message, now))
             return _LOOK_AGAIN_SECONDS
-        observed = await self._port.observe(job, now)
+        except UnreadableRecordError:
+            await self._port.reject(manifest, rejected_document(manifest, "RecordUnreadable", _UNREADABLE, now))
+            return _LOOK_AGAIN_SECONDS
         now = self._clock()
         decided = plan(job.file, observed, now)
         await self._port.record(job, observed, decided, now)
-        await self._port.apply(job, observed, decided, now)
         self._metrics.follow(key, observed.status, decided)
-        if decided.expired:
-            await self._port.expire(job)
-            return None
+        await self._port.apply(job, observed, decided, now)
         if decided.status.terminal:
             self._active.discard(key)
-            return min(decided.wake_after, _LOOK_AGAIN_SECONDS)
+            return _RETIRE_SECONDS
         self._active.add(key)
         # Events wake a job at once; this is for what no event tells, the progress of its run.
         poll = min(_LONGEST_POLL_SECONDS, max(self._poll_seconds, len(self._active) / _JOBS_A_SECOND))
         return max(decided.wake_after, poll)
+
+    async def _after_the_end(
+        self, manifest: Mapping[str, Any], names: Names, finished: float, now: float
+    ) -> float | None:
+        """Nothing of a job that ended changes any more: it lets go of what it holds, and is deleted in time."""
+        self._active.discard(names.key)
+        left = time_to_live(manifest, finished) - now
+        if left <= 0:
+            await self._port.expire(names)
+            return None
+        return min(left, float("inf") if await self._port.retire(names, now) else _RETIRE_SECONDS)
 
     def _forget(self, key: Key) -> None:
         uid = self._uids.pop(key, None)

@@ -34,8 +34,15 @@ def remember(status: JobStatus) -> Document:
     return {name: value for name, value in document.items() if name not in _NOT_REMEMBERED}
 
 
+class UnreadableRecordError(Exception):
+    """The memory of a job is not one that this version of the operator understands."""
+
+
 def recall(manifest: Mapping[str, Any], checkpoints: Iterable[Mapping[str, Any]], file: JobFile) -> JobStatus:
-    """The status of a job as it was last written. What cannot be read is begun anew, and the checkpoints remain."""
+    """The status of a job as it was last written.
+
+    Raises UnreadableRecordError: to begin anew would be to count anew what was counted.
+    """
     uid = str(manifest["metadata"].get("uid", ""))
     status = _job_status(manifest, uid)
     found = [known for c in checkpoints if (known := checkpoint_of(c, file)) is not None]
@@ -91,5 +98,4 @@ def _job_status(manifest: Mapping[str, Any], uid: str) -> JobStatus:
     try:
         return JobStatus.parse(record)
     except ContractError:
-        log.warning("record-unreadable", job=str(manifest["metadata"].get("name")))
-        return JobStatus(uid=uid)
+        raise UnreadableRecordError from None

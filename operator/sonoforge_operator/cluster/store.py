@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sonoforge_operator.cluster.facts import Objects
-from sonoforge_operator.cluster.names import LABEL_UID, Key
+from sonoforge_operator.cluster.names import LABEL_UID, Key, Names
 
 Manifest = Mapping[str, Any]
 _Place = tuple[str, str, str]  # kind, namespace, name
@@ -21,7 +21,7 @@ class Store:
 
     def __init__(self) -> None:
         self._objects: dict[_Place, Manifest] = {}
-        self._by_uid: dict[str, set[_Place]] = {}
+        self._by_job: dict[tuple[str, str], set[_Place]] = {}
         self._gone: dict[_Place, str] = {}
 
     def put(self, kind: str, manifest: Manifest) -> bool:
@@ -36,7 +36,7 @@ class Store:
         if before is not None:
             self._forget(place, before)
         self._objects[place] = trimmed(kind, manifest)
-        self._by_uid.setdefault(_job_uid(manifest), set()).add(place)
+        self._by_job.setdefault(_job_of(manifest), set()).add(place)
         return before is None or _version(before) != _version(manifest)
 
     def remove(self, kind: str, manifest: Manifest) -> None:
@@ -58,20 +58,24 @@ class Store:
         """Every known object of a kind."""
         return (manifest for place, manifest in self._objects.items() if place[0] == kind)
 
-    def of_job(self, uid: str, kind: str) -> Iterator[Manifest]:
-        """Objects of a kind that carry the uid of a job."""
-        places = [place for place in self._by_uid.get(uid, ()) if place[0] == kind]
+    def of_job(self, job: Names, kind: str) -> Iterator[Manifest]:
+        """Objects of a kind, in the namespace of a job, that carry its uid."""
+        places = [place for place in self._by_job.get((job.key.namespace, job.uid), ()) if place[0] == kind]
         return (self._objects[place] for place in sorted(places))
 
-    def owned(self, uid: str) -> Objects:
+    def checkpoints(self, job: Names) -> tuple[Manifest, ...]:
+        """The Checkpoints of a job that it really owns."""
+        return tuple(found for found in self.of_job(job, "Checkpoint") if _owner(found) == job.uid)
+
+    def owned(self, job: Names) -> Objects:
         """The children of a job that it, or one of its checkpoints, really owns. Labels alone make nobody a child."""
-        owners = {uid, *(_uid(checkpoint) for checkpoint in self.of_job(uid, "Checkpoint"))}
-        jobs = tuple(job for job in self.of_job(uid, "Job") if _owner(job) in owners)
-        deployments = tuple(found for found in self.of_job(uid, "Deployment") if _owner(found) in owners)
-        job_uids = {_uid(job) for job in jobs}
+        owners = {job.uid, *(_uid(checkpoint) for checkpoint in self.checkpoints(job))}
+        jobs = tuple(found for found in self.of_job(job, "Job") if _owner(found) in owners)
+        deployments = tuple(found for found in self.of_job(job, "Deployment") if _owner(found) in owners)
+        job_uids = {_uid(found) for found in jobs}
         # A Deployment owns its pods through a ReplicaSet, which is not worth a watch of its own.
         pods = tuple(
-            pod for pod in self.of_job(uid, "Pod") if _owner(pod) in job_uids or _owner_kind(pod) == "ReplicaSet"
+            pod for pod in self.of_job(job, "Pod") if _owner(pod) in job_uids or _owner_kind(pod) == "ReplicaSet"
         )
         return Objects(jobs=jobs, pods=pods, deployments=deployments)
 
@@ -84,12 +88,12 @@ class Store:
         }
 
     def _forget(self, place: _Place, manifest: Manifest) -> None:
-        uid = _job_uid(manifest)
-        places = self._by_uid.get(uid)
+        job = _job_of(manifest)
+        places = self._by_job.get(job)
         if places is not None:
             places.discard(place)
             if not places:
-                del self._by_uid[uid]
+                del self._by_job[job]
 
 
 def trimmed(kind: str, manifest: Manifest) -> Manifest:
@@ -145,9 +149,11 @@ def _uid(manifest: Manifest) -> str:
     return str(manifest["metadata"].get("uid", ""))
 
 
-def _job_uid(manifest: Manifest) -> str:
+def _job_of(manifest: Manifest) -> tuple[str, str]:
+    """Namespace, and the uid of the job that the labels name."""
     labels = manifest["metadata"].get("labels")
-    return str(labels.get(LABEL_UID, "")) if isinstance(labels, Mapping) else ""
+    uid = str(labels.get(LABEL_UID, "")) if isinstance(labels, Mapping) else ""
+    return key_of(manifest).namespace, uid
 
 
 def _version(manifest: Manifest) -> int:
