@@ -89,8 +89,9 @@ class Reconciler:
         now = self._clock()
         decided = plan(job.file, observed, now)
         await self._port.record(job, observed, decided, now)
-        await self._port.apply(job, observed, decided, now)
+        # What is written is counted, whether or not the rest of this pass can be done.
         self._metrics.follow(key, observed.status, decided)
+        await self._port.apply(job, observed, decided, now)
         if decided.expired:
             await self._port.expire(job)
             return None
