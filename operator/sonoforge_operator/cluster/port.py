@@ -76,7 +76,7 @@ class ClusterPort:
         """The status as last decided here, or as last written."""
         uid = job.names.uid
         if uid not in self._memory:
-            found = recall(self._manifest(job), self._store.of_job(uid, CHECKPOINTS.name), job.file)
+            found = recall(self._manifest(job), self._store.checkpoints(uid), job.file)
             self._memory[uid] = _Memory(found, written=now)
         return self._memory[uid].status
 
@@ -223,7 +223,8 @@ class ClusterPort:
                 await self._delete(PODS, pod, grace_seconds=1)
 
     async def _release_workers(self, job: ClusterJob, found: Mapping[str, Any], status: JobStatus) -> None:
-        attempt = int(_label(found, LABEL_ATTEMPT) or 0)
+        label = _label(found, LABEL_ATTEMPT)
+        attempt = int(label) if label.isdigit() else -1  # a Job that somebody else made to look like ours
         if attempt == status.attempt and training_wanted(job.file, status):
             return
         if attempt < status.attempt - 1:

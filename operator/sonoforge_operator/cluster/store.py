@@ -63,15 +63,22 @@ class Store:
         places = [place for place in self._by_uid.get(uid, ()) if place[0] == kind]
         return (self._objects[place] for place in sorted(places))
 
+    def checkpoints(self, uid: str) -> Iterator[Manifest]:
+        """The Checkpoints that a job really owns."""
+        return (found for found in self.of_job(uid, "Checkpoint") if _owner(found) == uid)
+
     def owned(self, uid: str) -> Objects:
         """The children of a job that it, or one of its checkpoints, really owns. Labels alone make nobody a child."""
-        owners = {uid, *(_uid(checkpoint) for checkpoint in self.of_job(uid, "Checkpoint"))}
+        owners = {uid, *(_uid(checkpoint) for checkpoint in self.checkpoints(uid))}
         jobs = tuple(job for job in self.of_job(uid, "Job") if _owner(job) in owners)
         deployments = tuple(found for found in self.of_job(uid, "Deployment") if _owner(found) in owners)
         job_uids = {_uid(job) for job in jobs}
-        # A Deployment owns its pods through a ReplicaSet, which is not worth a watch of its own.
+        # A Deployment owns its pods through a ReplicaSet, which is not worth a watch of its own: its name tells whose.
+        replicas = tuple(f"{key_of(found).name}-" for found in deployments)
         pods = tuple(
-            pod for pod in self.of_job(uid, "Pod") if _owner(pod) in job_uids or _owner_kind(pod) == "ReplicaSet"
+            pod
+            for pod in self.of_job(uid, "Pod")
+            if _owner(pod) in job_uids or (_owner_kind(pod) == "ReplicaSet" and _owner_name(pod).startswith(replicas))
         )
         return Objects(jobs=jobs, pods=pods, deployments=deployments)
 
@@ -165,6 +172,10 @@ def _controller(manifest: Manifest) -> Mapping[str, Any]:
 
 def _owner(manifest: Manifest) -> str:
     return str(_controller(manifest).get("uid", "-"))
+
+
+def _owner_name(manifest: Manifest) -> str:
+    return str(_controller(manifest).get("name", ""))
 
 
 def _owner_kind(manifest: Manifest) -> str:
