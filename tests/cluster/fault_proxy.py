@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import ssl
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +37,12 @@ class Faults:
     """Watches stay open and say nothing more."""
     delay_seconds: float = 0.0
     """Every answer is late by this."""
+    error: bool = False
+    """Watches say that the server failed, and end."""
+    hold: str | None = None
+    """Writes to paths that match this expression are neither passed on nor answered, as long as this lasts."""
+    only: str = ""
+    """Refusals are of writes to paths that match this expression alone."""
 
 
 class FaultProxy:
@@ -47,6 +55,8 @@ class FaultProxy:
         self.faults = Faults()
         self.counts: Counter[str] = Counter()
         """How often each fault happened."""
+        self.passed: list[tuple[float, str]] = []
+        """Writes that the server took: the time by time.monotonic, and the path."""
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -57,15 +67,25 @@ class FaultProxy:
     def wrong(self, **faults: Any) -> Iterator[None]:
         """These faults happen while this is entered."""
         self.faults = Faults(**faults)
-        yield
-        self.faults = Faults()
+        try:
+            yield
+        finally:
+            self.faults = Faults()
 
     def close(self) -> None:
         """Stop serving."""
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(20)
-        asyncio.run_coroutine_threadsafe(self._session.close(), self._loop).result(20)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(20)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        await self._runner.cleanup()
+        await self._session.close()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -78,7 +98,8 @@ class FaultProxy:
         )
         app = web.Application(client_max_size=2**24)
         app.router.add_route("*", "/{path:.*}", self._pass)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        # A visitor that leaves ends its request here too; a watch would be kept up for nobody.
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
@@ -92,7 +113,11 @@ class FaultProxy:
             self.counts["late"] += 1
             await asyncio.sleep(faults.delay_seconds)
         write = request.method != "GET"
-        if write:
+        if write and faults.hold is not None and re.search(faults.hold, request.path):
+            self.counts["held"] += 1
+            while self.faults is faults:  # or until the visitor gives up
+                await asyncio.sleep(0.05)
+        if write and re.search(faults.only, request.path):
             for status, share in faults.refuse.items():
                 if self._draw.random() < share:
                     self.counts[f"refused {status}"] += 1
@@ -100,6 +125,9 @@ class FaultProxy:
         if watch and self._draw.random() < faults.gone:
             self.counts["gone"] += 1
             return _refusal(410)
+        if watch and faults.error:
+            self.counts["failed"] += 1
+            return web.json_response({"type": "ERROR", "object": json.loads(_refusal(500).text or "")})
         headers = {k: v for k, v in request.headers.items() if k.lower() not in _HOP_BY_HOP}
         headers["Accept-Encoding"] = "identity"
         body = await request.read() if request.can_read_body else None
@@ -107,6 +135,8 @@ class FaultProxy:
             request.method, f"{self._target}{request.path_qs}", data=body, headers=headers
         )
         async with answer:
+            if write and answer.status < 400:
+                self.passed.append((time.monotonic(), request.path))
             if write and self._draw.random() < faults.lose:
                 self.counts["lost"] += 1
                 await answer.read()

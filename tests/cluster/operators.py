@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,26 @@ def grant(control_plane: ControlPlane, namespace: str) -> Path:
             subject["namespace"] = namespace
     control_plane.kubectl("apply", "--filename=-", stdin=yaml.safe_dump_all(wanted))
     return control_plane.kubeconfig_of_service_account(namespace, NAME)
+
+
+@contextmanager
+def own_namespace(control_plane: ControlPlane, stem: str) -> Iterator[str]:
+    """A namespace for one test, with Pod Security `restricted` and the CRDs served."""
+    apply_crds(control_plane)
+    name = f"{stem}-{secrets.token_hex(3)}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    manifest = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+    control_plane.kubectl("create", "--filename=-", stdin=yaml.safe_dump(manifest))
+    yield name
+    control_plane.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def through(kubeconfig: Path, url: str, file: Path) -> Path:
+    """A kubeconfig like another one, for a proxy at `url`."""
+    document = yaml.safe_load(kubeconfig.read_text())
+    document["clusters"][0]["cluster"] = {"server": url}
+    file.write_text(yaml.safe_dump(document))
+    return file
 
 
 class OperatorProcess:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
-import yaml
 from components import wait_for
 from fault_proxy import FaultProxy
-from operators import OperatorProcess, apply_crds, grant
+from operators import OperatorProcess, grant, own_namespace, through
 from played import Played, Switchboard
 from test_life import JOB
 
+OPTIONS = ("--watch-silence-seconds=5", "--retry-seconds=1")
 BOUND_SECONDS = 90
 """Within this time a job that takes some 20 s is over, whatever the API server does meanwhile."""
 
@@ -50,24 +50,16 @@ class World:
 
 @pytest.fixture
 def world(control_plane, api_client, nodes, tmp_path) -> Iterator[World]:
-    apply_crds(control_plane)
-    namespace = f"faults-{secrets.token_hex(3)}"
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}}
-    control_plane.kubectl("create", "--filename=-", stdin=yaml.safe_dump(made))
-    direct = yaml.safe_load(grant(control_plane, namespace).read_text())
-    proxy = FaultProxy(control_plane.url, str(control_plane.directory / "ca.crt"))
-    direct["clusters"][0]["cluster"] = {"server": proxy.url}
-    kubeconfig = tmp_path / "proxied.kubeconfig"
-    kubeconfig.write_text(yaml.safe_dump(direct))
-    board = Switchboard()
-    operator = OperatorProcess(kubeconfig, namespace, tmp_path / "operator", board.url, "--watch-silence-seconds=5")
-    with Played(api_client, namespace, tmp_path / "played", board) as played, operator:
-        operator.wait_until_ready()
-        yield World(proxy, operator, played, lambda *a, **o: control_plane.kubectl(f"--namespace={namespace}", *a, **o))
-    board.close()
-    proxy.close()
-    control_plane.kubectl("delete", "namespace", namespace, "--wait=false")
+    proxy, board = FaultProxy(control_plane.url, str(control_plane.directory / "ca.crt")), Switchboard()
+    with own_namespace(control_plane, "faults") as namespace:
+        kubeconfig = through(grant(control_plane, namespace), proxy.url, tmp_path / "proxied.kubeconfig")
+        operator = OperatorProcess(kubeconfig, namespace, tmp_path / "operator", board.url, *OPTIONS)
+        with Played(api_client, namespace, tmp_path / "played", board) as played, operator:
+            operator.wait_until_ready()
+            kubectl = partial(control_plane.kubectl, f"--namespace={namespace}")
+            yield World(proxy, operator, played, kubectl)
+        board.close()
+        proxy.close()
 
 
 @pytest.mark.parametrize(

@@ -197,9 +197,8 @@ def test_a_checkpoint_object_holds_what_the_run_reported():
 
 def test_the_reference_has_a_row_for_a_field_and_the_numbers_of_the_presets():
     page = FILES["docs/api.md"]
-    assert (
-        "| `maxNodes` | integer, ≥ 1, ≤ 1024 | `1` | Training grows up to this many. May change while the job runs. |" in page
-    )
+    row = "| `maxNodes` | integer, ≥ 1, ≤ 1024 | `1` | Training grows up to this many. May change while the job runs. |"
+    assert row in page
     assert "| `recipe.globalBatch` | 2048 | 128 | 32 |" in page
     assert "* training decides the result and cannot change; create another job with the new settings" in page
 

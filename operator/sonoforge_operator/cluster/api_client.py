@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +19,8 @@ from sonoforge_operator.cluster.names import MANAGER
 Manifest = dict[str, Any]
 
 _PAGE = 500
+_TRIES, _LONGEST_WAIT_SECONDS = 4, 5.0
+"""Tries of a request where the server asks to come again, and the longest wait that it may ask for."""
 _METADATA = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io"
 
 
@@ -96,6 +99,8 @@ class Api:
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self.writes = 0
         """Requests that change something, since the start."""
+        self.may_write: Callable[[], bool] = lambda: True
+        """Asked before each of them; where it says no, nothing is sent."""
 
     @classmethod
     async def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> Self:
@@ -231,16 +236,22 @@ class Api:
         content: str = "application/json",
         accept: str = "application/json",
     ) -> Manifest:
-        data = await self._exchange(method, path, query or {}, body, content, accept)
-        document = _document(data)
-        if not document:
-            raise ApiError(0, "Unreadable", "the API server answered with something that is not an object")
-        return document
+        for _ in range(_TRIES - 1):
+            try:
+                return _object(await self._exchange(method, path, query or {}, body, content, accept))
+            except ApiError as error:
+                if not 0 < error.retry_after <= _LONGEST_WAIT_SECONDS:
+                    raise
+                # The server is busy and did nothing: a whole pass again would cost it more than this request does.
+                await asyncio.sleep(error.retry_after)
+        return _object(await self._exchange(method, path, query or {}, body, content, accept))
 
     async def _exchange(
         self, method: str, path: str, query: Mapping[str, str], body: object, content: str, accept: str
     ) -> bytes:
         if method != "GET":
+            if not self.may_write():
+                raise ApiError(0, "NotLeading", "this replica does not hold the Lease any more")
             self.writes += 1
         headers = {"Accept": accept, "Content-Type": content}
         parameters = await self._client.param_serialize(
@@ -262,6 +273,13 @@ class Api:
         reason, message = str(document.get("reason", "")), str(document.get("message", ""))[:500]
         kind = {404: NotFoundError, 409: ConflictError}.get(answer.status, ApiError)
         raise kind(answer.status, reason or str(answer.reason), message, _seconds(answer.headers.get("Retry-After")))
+
+
+def _object(data: bytes) -> Manifest:
+    document = _document(data)
+    if not document:
+        raise ApiError(0, "Unreadable", "the API server answered with something that is not an object")
+    return document
 
 
 def _document(data: bytes) -> Manifest:

@@ -10,10 +10,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import kopf
@@ -23,10 +22,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from sonoforge_operator.cluster.api_client import JOBS, Api, ApiError
 from sonoforge_operator.cluster.coordinators import DEFAULT_URL, Coordinators
-from sonoforge_operator.cluster.freshness import Freshness
+from sonoforge_operator.cluster.freshness import STALE_SECONDS, Freshness
 from sonoforge_operator.cluster.handlers import Wiring, registry_of, settings
 from sonoforge_operator.cluster.jobs import Site
-from sonoforge_operator.cluster.leadership import RETRY_SECONDS, Leadership, LeadershipLostError
+from sonoforge_operator.cluster.leadership import Leadership, LeadershipLostError, Timing
 from sonoforge_operator.cluster.logs import configure
 from sonoforge_operator.cluster.metrics import Metrics
 from sonoforge_operator.cluster.port import ClusterPort
@@ -39,7 +38,6 @@ log = structlog.get_logger(__name__)
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _WORKERS = 8
 _COMPARE_SECONDS = 600.0
-_STUCK_SECONDS = 300.0
 _LOST = 70
 """Exit code of a replica that lost the Lease: whatever it was about to do, it does not do any more."""
 
@@ -67,6 +65,12 @@ class Options:
     """Time between two looks at the progress of a run."""
     watch_silence_seconds: float
     """Time after which a silent watch is made anew. The API server says something every minute."""
+    stale_seconds: float
+    """Without a heartbeat through the watch for so long, the operator is not healthy."""
+    stuck_seconds: float
+    """With a job whose pass is due or lasts for so long, the operator is not healthy."""
+    timing: Timing
+    """Times of its Lease."""
     identity: str
     """Name of this replica."""
 
@@ -90,6 +94,19 @@ class Options:
 @click.option(
     "--watch-silence-seconds", default=70.0, show_default=True, help="A watch that is silent for so long is made anew."
 )
+@click.option(
+    "--stale-seconds", default=STALE_SECONDS, show_default=True, help="Not healthy where watches tell nothing so long."
+)
+@click.option(
+    "--stuck-seconds", default=300.0, show_default=True, help="Not healthy where a job waits so long for its pass."
+)
+@click.option("--lease-seconds", default=Timing.lease_seconds, show_default=True, help="How long its Lease holds.")
+@click.option(
+    "--renew-seconds", default=Timing.renew_seconds, show_default=True, help="It ends where it cannot renew it so long."
+)
+@click.option(
+    "--retry-seconds", default=Timing.retry_seconds, show_default=True, help="Time between two tries to hold it."
+)
 def command(
     namespaces: tuple[str, ...],
     all_namespaces: bool,
@@ -102,10 +119,19 @@ def command(
     port: int,
     poll_seconds: float,
     watch_silence_seconds: float,
+    stale_seconds: float,
+    stuck_seconds: float,
+    lease_seconds: int,
+    renew_seconds: float,
+    retry_seconds: float,
 ) -> None:
     """Serve the PretrainJobs of one or several namespaces, until SIGTERM. Only one replica acts at a time."""
     if namespaces and all_namespaces:
         raise click.UsageError("give --namespace or --all-namespaces, not both")
+    try:
+        timing = Timing(lease_seconds, renew_seconds, retry_seconds)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     own = own_namespace or _pod_namespace()
     configure()
     options = Options(
@@ -119,27 +145,42 @@ def command(
         port=port,
         poll_seconds=poll_seconds,
         watch_silence_seconds=watch_silence_seconds,
+        stale_seconds=stale_seconds,
+        stuck_seconds=stuck_seconds,
+        timing=timing,
         identity=f"{socket.gethostname()}-{secrets.token_hex(4)}",
     )
     if kubeconfig:
         os.environ["KUBECONFIG"] = kubeconfig  # kopf connects by itself
     try:
         asyncio.run(serve(options))
-    except LeadershipLostError as error:
-        log.error("leadership-lost", message=str(error))  # noqa: TRY400 - the message says it all
-        os._exit(_LOST)
+    except WatchesEndedError as error:
+        log.error("watches-ended", exception=error.cause)  # noqa: TRY400 - what it holds is for no log
+        sys.exit(1)
+
+
+class WatchesEndedError(Exception):
+    """kopf gave up: a restart begins with everything that is there."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"the watches ended by themselves: {cause}")
+        self.cause = cause
+        """Name of what kopf raised."""
 
 
 async def serve(options: Options) -> None:
-    """Win the Lease, then watch and reconcile until SIGTERM. Raises LeadershipLostError."""
+    """Win the Lease, then watch and reconcile until SIGTERM. Raises WatchesEndedError.
+
+    A replica that loses the Lease ends the process at once, with the exit code 70.
+    """
     told = asyncio.Event()
+    _listen(told)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
     metrics, store = Metrics(), Store()
     site = Site(default_image=options.image, operator_namespace=options.own_namespace)
     async with (
         await Api.connect(options.kubeconfig) as api,
+        await Api.connect(options.kubeconfig) as lease_api,  # no renewal waits behind other requests
         Coordinators(options.key, options.coordinator_url) as coordinators,
     ):
         queue = Queue(clock=loop.time)
@@ -147,9 +188,17 @@ async def serve(options: Options) -> None:
         reconciler = Reconciler(port, store, coordinators, site, metrics, poll_seconds=options.poll_seconds)
         wiring = Wiring(store, queue, reconciler, options.namespaces)
         watched: tuple[str | None, ...] = options.namespaces or (None,)
-        freshness = Freshness(api, store, watched, metrics, wiring.wake, steady=time.monotonic)
-        leadership = Leadership(api, options.own_namespace, options.identity, clock=time.time, steady=time.monotonic)
-        state = _State(freshness, queue, metrics, api)
+        freshness = Freshness(
+            *(api, store, watched, metrics, wiring.wake), steady=time.monotonic, stale_seconds=options.stale_seconds
+        )
+        leadership = Leadership(
+            *(lease_api, options.own_namespace, options.identity),
+            clock=time.time,
+            steady=time.monotonic,
+            timing=options.timing,
+        )
+        api.may_write = lambda: leadership.left > 0
+        state = _State(freshness, queue, metrics, api, options.stuck_seconds)
         async with _probes(options, state):
             if not await _first(told.wait(), leadership.win()):
                 return
@@ -157,13 +206,28 @@ async def serve(options: Options) -> None:
             try:
                 await _first(
                     told.wait(),
-                    leadership.hold(),
-                    _work(options, state, reconciler, wiring),
+                    _hold_or_end(leadership),
+                    _work(options, state, reconciler, wiring, told),
                 )
             finally:
                 metrics.leading.set(0)
                 with contextlib.suppress(Exception):
-                    await asyncio.wait_for(leadership.release(), RETRY_SECONDS)
+                    await asyncio.wait_for(leadership.release(), options.timing.retry_seconds)
+
+
+def _listen(told: asyncio.Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+
+
+async def _hold_or_end(leadership: Leadership) -> None:
+    """Hold the Lease. Without it the process ends at once: another one acts, and nothing here may be finished."""
+    try:
+        await leadership.hold()
+    except LeadershipLostError as error:
+        log.error("leadership-lost", message=str(error))  # noqa: TRY400 - the message says it all
+        sys.stdout.flush()
+        os._exit(_LOST)
 
 
 @dataclass
@@ -174,15 +238,16 @@ class _State:
     queue: Queue
     metrics: Metrics
     api: Api
+    stuck_seconds: float
     started: bool = False
 
     @property
     def healthy(self) -> bool:
         """Whether the watches are fresh and passes are made. A replica that waits for the Lease is."""
-        return not self.started or (self.freshness.fresh and self.queue.oldest < _STUCK_SECONDS)
+        return not self.started or (self.freshness.fresh and self.queue.oldest < self.stuck_seconds)
 
 
-async def _work(options: Options, state: _State, reconciler: Reconciler, wiring: Wiring) -> None:
+async def _work(options: Options, state: _State, reconciler: Reconciler, wiring: Wiring, told: asyncio.Event) -> None:
     """Learn what is there, then watch and make passes until cancelled."""
     freshness, store = state.freshness, wiring.store
     began = time.monotonic()
@@ -192,7 +257,7 @@ async def _work(options: Options, state: _State, reconciler: Reconciler, wiring:
             break
         except ApiError as error:  # the server starts, or the custom resources are not there yet
             log.warning("not-listed", status=error.status, reason=error.reason, message=error.message)
-            await asyncio.sleep(max(error.retry_after, RETRY_SECONDS))
+            await asyncio.sleep(max(error.retry_after, options.timing.retry_seconds))
     for job in store.all(JOBS.name):
         wiring.wake(JOBS, key_of(job))
     freshness.beat()
@@ -200,19 +265,25 @@ async def _work(options: Options, state: _State, reconciler: Reconciler, wiring:
     log.info("ready", jobs=sum(1 for _ in store.all(JOBS.name)), seconds=round(time.monotonic() - began, 2))
     registry = registry_of(wiring, lambda: freshness, options.own_namespace)
     namespaces = {*options.namespaces, options.own_namespace} if options.namespaces else ()
-    watching = kopf.operator(
+    passes = [state.queue.work(reconciler.reconcile) for _ in range(_WORKERS)]
+    own = [asyncio.ensure_future(task) for task in (freshness.keep(_COMPARE_SECONDS), *passes)]
+    others = asyncio.all_tasks()  # all that kopf must not take for its own, and cancel, when it ends
+    watches = await kopf.spawn_tasks(
         registry=registry,
         settings=settings(options.watch_silence_seconds),
         standalone=True,
         clusterwide=not options.namespaces,
         namespaces=namespaces,
     )
-    passes = [state.queue.work(reconciler.reconcile) for _ in range(_WORKERS)]
-    await _first(watching, freshness.keep(_COMPARE_SECONDS), *passes)
-    raise RuntimeError("the watches ended by themselves")
+    _listen(told)  # kopf took the signals for itself, and would end without a word to the rest
+    try:
+        await _first(kopf.run_tasks(watches, ignored=others), *own)
+    except Exception as error:
+        raise WatchesEndedError(type(error).__name__) from error
+    raise WatchesEndedError("nothing")
 
 
-async def _first(*coroutines: Coroutine[Any, Any, object]) -> bool:
+async def _first(*coroutines: Awaitable[object]) -> bool:
     """Run until one ends, then end the others. Whether it was not the first that ended. Raises what that one raised."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:

@@ -7,6 +7,7 @@ then everything is listed and compared with what the watches told.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import structlog
@@ -21,6 +22,7 @@ log = structlog.get_logger(__name__)
 STALE_SECONDS = 180.0
 """Without a heartbeat through the watch for so long, the operator is not healthy."""
 _GRACE_SECONDS = 10.0
+_GATHER_SECONDS = 1.0
 
 
 def selector_of(kind: Kind) -> str:
@@ -40,10 +42,15 @@ class Freshness:
         changed: Callable[[Kind, Key], None],
         *,
         steady: Callable[[], float],
+        stale_seconds: float = STALE_SECONDS,
+        grace_seconds: float = _GRACE_SECONDS,
     ) -> None:
         self._api, self._store, self._namespaces = api, store, namespaces
         self._metrics, self._changed, self._steady = metrics, changed, steady
+        self._stale_seconds, self._grace_seconds = stale_seconds, grace_seconds
         self._beat = steady()
+        self._doubted: set[Kind] = set()
+        self._doubt = asyncio.Event()
 
     def beat(self) -> None:
         """A watch brought the heartbeat."""
@@ -57,7 +64,12 @@ class Freshness:
     @property
     def fresh(self) -> bool:
         """Whether the watches are believed."""
-        return self.age < STALE_SECONDS
+        return self.age < self._stale_seconds
+
+    def doubt(self, kind: Kind) -> None:
+        """A watch began anew with a listing: of what was deleted meanwhile it tells nothing."""
+        self._doubted.add(kind)
+        self._doubt.set()
 
     async def fill(self) -> None:
         """List everything, before the first pass: what is not known yet must not look like what is not there."""
@@ -78,7 +90,7 @@ class Freshness:
         """Compare what is known of a kind with what is there, and repair it. Returns the changes that were missed."""
         behind = await self._behind(kind)
         if behind and kind not in STANDING:
-            await asyncio.sleep(_GRACE_SECONDS)  # a watch is allowed to be a little late
+            await asyncio.sleep(self._grace_seconds)  # a watch is allowed to be a little late
             behind = {place: known for place, known in (await self._behind(kind)).items() if behind.get(place) == known}
         for namespace, name in behind:
             self._changed(kind, Key(namespace, name))  # while it is still known whose it is
@@ -108,14 +120,24 @@ class Freshness:
         return found | {place: version for place, version in known.items() if place not in listed}
 
     async def keep(self, seconds: float) -> None:
-        """Compare everything every so many seconds, until cancelled."""
+        """Compare everything every so many seconds, and what is doubted at once, until cancelled."""
+        everything = self._steady() + seconds
         while True:
-            await asyncio.sleep(seconds)
-            for kind in (*OWN, *CHILDREN, *STANDING):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, everything - self._steady())):
+                    await self._doubt.wait()
+            await asyncio.sleep(_GATHER_SECONDS)  # a listing comes as many events, and often of several kinds
+            self._doubt.clear()
+            kinds, self._doubted = self._doubted, set()
+            if self._steady() >= everything:
+                everything = self._steady() + seconds
+                kinds = {*OWN, *CHILDREN, *STANDING}
+            for kind in sorted(kinds, key=lambda kind: kind.name):
                 try:
                     await self.compare(kind)
                 except ApiError as error:
                     log.warning("comparison-failed", kind=kind.name, status=error.status)
+                    self.doubt(kind)
 
 
 def _older(known: str | None, listed: str) -> bool:

@@ -74,6 +74,8 @@ def registry_of(wiring: Wiring, freshness: Callable[[], Freshness], lease_namesp
         async def take(event: Mapping[str, Any], **_: Any) -> None:
             try:
                 wiring.take(kind, event.get("type"), event["object"])
+                if event.get("type") is None:  # part of a listing
+                    freshness().doubt(kind)
             except Exception as error:  # noqa: BLE001 - one poisoned object must not stop the watch of all others
                 log.error("event-unreadable", kind=kind.name, exception=type(error).__name__)  # noqa: TRY400 - it may hold anything
 

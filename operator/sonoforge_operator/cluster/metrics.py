@@ -35,7 +35,7 @@ class Metrics:
         self.queue_depth = Gauge("sonoforge_queue_depth", "Jobs that wait for a pass.", registry=r)
         """Jobs that wait for a pass."""
         self.queue_seconds = Gauge(
-            "sonoforge_queue_oldest_seconds", "Time that the job waits which waits longest.", registry=r
+            "sonoforge_queue_oldest_seconds", "Time for which the oldest wish for a pass is not fulfilled.", registry=r
         )
         """Longest wait for a pass."""
         self.api_writes = Gauge("sonoforge_api_writes", "Requests that changed something, since the start.", registry=r)
@@ -72,7 +72,9 @@ class Metrics:
         """Take in one pass: what changed in the status is counted, what holds now is shown."""
         after = decided.status
         for cause, count in after.restarts.items():
-            self._restarts.labels(cause).inc(max(0, count - before.restarts.get(cause, 0)))
+            more = count - before.restarts.get(cause, 0)
+            if more > 0:  # a label is made where it is named, and a record may have been edited to hold anything
+                self._restarts.labels(cause).inc(more)
         self._lost_steps.inc(max(0, after.lost_steps - before.lost_steps))
         if after.progress and after.progress.step_time and not (before.progress and before.progress.step_time):
             self._first_step.observe(max(0.0, after.progress.step_time - after.started))

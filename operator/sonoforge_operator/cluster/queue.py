@@ -26,6 +26,7 @@ def back_off(failures: int, draw: float) -> float:
 class _Entry:
     due: float = float("inf")
     running: bool = False
+    began: float = 0.0
     failures: int = 0
     version: int = 0
 
@@ -60,9 +61,10 @@ class Queue:
 
     @property
     def oldest(self) -> float:
-        """Seconds that the key waits which waits longest."""
+        """Seconds for which the oldest wish is not fulfilled: its key waits for a pass, or is in one."""
         now = self.clock()
-        return max((now - e.due for e in self._entries.values() if not e.running and e.due <= now), default=0.0)
+        since = ((e.began if e.running else e.due) for e in self._entries.values())
+        return max((now - began for began in since if began <= now), default=0.0)
 
     async def work(self, handle: Callable[[Key], Awaitable[float | None]]) -> None:
         """Make passes until cancelled. `handle` returns the seconds to the next pass; None forgets the key.
@@ -72,7 +74,7 @@ class Queue:
         """
         while True:
             key, entry = await self._next()
-            entry.running, entry.due = True, float("inf")
+            entry.running, entry.due, entry.began = True, float("inf"), self.clock()
             after: float | None
             try:
                 after = await handle(key)

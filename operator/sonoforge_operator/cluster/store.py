@@ -73,9 +73,12 @@ class Store:
         jobs = tuple(found for found in self.of_job(job, "Job") if _owner(found) in owners)
         deployments = tuple(found for found in self.of_job(job, "Deployment") if _owner(found) in owners)
         job_uids = {_uid(found) for found in jobs}
-        # A Deployment owns its pods through a ReplicaSet, which is not worth a watch of its own.
+        # A Deployment owns its pods through a ReplicaSet, which is not worth a watch of its own: its name tells whose.
+        replicas = tuple(f"{key_of(found).name}-" for found in deployments)
         pods = tuple(
-            pod for pod in self.of_job(job, "Pod") if _owner(pod) in job_uids or _owner_kind(pod) == "ReplicaSet"
+            pod
+            for pod in self.of_job(job, "Pod")
+            if _owner(pod) in job_uids or (_owner_kind(pod) == "ReplicaSet" and _owner_name(pod).startswith(replicas))
         )
         return Objects(jobs=jobs, pods=pods, deployments=deployments)
 
@@ -171,6 +174,10 @@ def _controller(manifest: Manifest) -> Mapping[str, Any]:
 
 def _owner(manifest: Manifest) -> str:
     return str(_controller(manifest).get("uid", "-"))
+
+
+def _owner_name(manifest: Manifest) -> str:
+    return str(_controller(manifest).get("name", ""))
 
 
 def _owner_kind(manifest: Manifest) -> str:
