@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 STATE = ROOT / "runs" / "demo"
 SUMMARY = STATE / "summary.json"
 DATA_SETS = {
-    "pretrain": ["--count=3000", "--splits=1,0,0", "--seed=1", "--frames=4"],
-    "phantoms": ["--count=1000", "--splits=0.6,0.15,0.25", "--seed=2", "--frames=1", "--clips=1"],
+    "pretrain": ["--count=6000", "--splits=1,0,0", "--seed=1", "--frames=2"],
+    "phantoms": ["--count=1500", "--splits=0.4,0.2,0.4", "--seed=2", "--frames=1", "--clips=1"],
 }
 
 

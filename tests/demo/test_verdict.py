@@ -12,7 +12,7 @@ from sonoforge_trainer.contract import CheckpointRef, CheckpointSummary, RunSumm
 
 ROOT = Path(__file__).parents[2]
 JOB = (ROOT / "manifests" / "samples" / "demo.yaml").read_text()
-NAME = "phantoms-knn/f1_macro"
+NAME = "phantoms-linear/f1_macro"
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def run_of(text, scores):
 @pytest.mark.parametrize(
     ("best_is", "scores", "learned", "sentence"),
     [
-        ("highest", {0: 0.25, 250: 0.9, 500: 0.5}, True, "0.2500 at random initialisation, 0.5000 at step 500; better"),
-        ("highest", {0: 0.5, 250: 0.9, 500: 0.25}, False, "0.2500 at step 500; not better (margin -0.2500)"),
-        ("highest", {0: 0.5, 500: 0.5}, False, "not better (margin 0.0000)"),
-        ("lowest", {0: 0.5, 500: 0.25}, True, "better by 0.2500"),
-        ("lowest", {0: 0.25, 500: 0.5}, False, "not better (margin -0.2500)"),
-        ("highest", {250: 0.1, 500: 0.5}, False, "the random initialisation (step 0) has no score"),
-        ("highest", {0: 0.1, 250: 0.5}, False, "the last step (step 500) has no score"),
-        ("highest", {0: 0.1, 500: None}, False, "the last step (step 500) has no score"),
+        ("highest", {0: 0.25, 150: 0.9, 300: 0.5}, True, "0.2500 at random initialisation, 0.5000 at step 300; better"),
+        ("highest", {0: 0.5, 150: 0.9, 300: 0.25}, False, "0.2500 at step 300; not better (margin -0.2500)"),
+        ("highest", {0: 0.5, 300: 0.5}, False, "not better (margin 0.0000)"),
+        ("lowest", {0: 0.5, 300: 0.25}, True, "better by 0.2500"),
+        ("lowest", {0: 0.25, 300: 0.5}, False, "not better (margin -0.2500)"),
+        ("highest", {150: 0.1, 300: 0.5}, False, "the random initialisation (step 0) has no score"),
+        ("highest", {0: 0.1, 150: 0.5}, False, "the last step (step 300) has no score"),
+        ("highest", {0: 0.1, 300: None}, False, "the last step (step 300) has no score"),
     ],
 )
 def test_a_run_learned_where_its_last_step_is_better_than_its_first(verdict, best_is, scores, learned, sentence):
@@ -73,6 +73,6 @@ def test_a_run_learned_where_its_last_step_is_better_than_its_first(verdict, bes
 
 
 def test_a_job_that_names_no_score_is_not_shown_to_have_learned(verdict):
-    file, summary = run_of(JOB, {0: 0.1, 500: 0.5})
+    file, summary = run_of(JOB, {0: 0.1, 300: 0.5})
     file = parse_job_file(JOB.replace(f", bestBy: {NAME}", ""), where="demo.yaml")
     assert not verdict(file, summary).learned
