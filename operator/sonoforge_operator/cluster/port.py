@@ -6,7 +6,8 @@ then children, then events. Every name follows from the status, so what was done
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,12 +192,15 @@ class ClusterPort:
         await self._api.delete(JOBS, names.key.namespace, names.key.name, uid=names.uid)
 
     async def _apply_all(self, job: ClusterJob, manifests: Iterable[Manifest]) -> None:
-        """Apply what differs from what was applied before."""
-        for manifest in manifests:
-            kind = manifest["kind"]
-            found = self._store.get(kind, job.names.key.namespace, manifest["metadata"]["name"])
-            if found is None or digest_of(dict(found)) != digest_of(manifest):
-                self._store.put(kind, await self._api.apply(manifest))
+        """Apply what differs from what was applied before, all at once: none needs another to be there."""
+        await _together(self._apply(manifest) for manifest in manifests if self._differs(job, manifest))
+
+    def _differs(self, job: ClusterJob, manifest: Manifest) -> bool:
+        found = self._store.get(manifest["kind"], job.names.key.namespace, manifest["metadata"]["name"])
+        return found is None or digest_of(dict(found)) != digest_of(manifest)
+
+    async def _apply(self, manifest: Manifest) -> None:
+        self._store.put(manifest["kind"], await self._api.apply(manifest))
 
     async def _start(self, job: ClusterJob, decided: Plan) -> None:
         """Make what is wanted and not there. What is there is left alone: no pod is changed while it runs."""
@@ -210,9 +214,9 @@ class ClusterPort:
             manifest = self._manifest_of(job, child, decided.status)
             if manifest is not None:
                 wanted[manifest["kind"], manifest["metadata"]["name"]] = manifest
-        for (kind, name), manifest in wanted.items():
-            if self._store.get(kind, job.names.key.namespace, name) is None:
-                self._store.put(kind, await self._api.apply(manifest))
+        namespace = job.names.key.namespace
+        missing = [m for (kind, name), m in wanted.items() if self._store.get(kind, namespace, name) is None]
+        await _together(self._apply(manifest) for manifest in missing)
 
     def _manifest_of(self, job: ClusterJob, child: Child, status: JobStatus) -> Manifest | None:
         match child.kind:
@@ -318,6 +322,13 @@ def believable(progress: Progress, job: ClusterJob) -> Progress:
     return progress.model_copy(
         update={"checkpoints": tuple(refs[:_MOST_CHECKPOINTS]), "quarantined": tuple(damaged[:_MOST_CHECKPOINTS])}
     )
+
+
+async def _together(calls: Iterable[Awaitable[None]]) -> None:
+    """Make requests at the same time. Raises what the first one raised, once all have ended."""
+    for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 def _version(manifest: Mapping[str, Any]) -> str:
