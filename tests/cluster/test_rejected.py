@@ -10,11 +10,20 @@ import yaml
 from sites import Site, job, open_site
 from test_life import JOB
 
+from sonoforge_operator.resources import CheckpointSpec
+from sonoforge_trainer.contract import CheckpointRef
+
+
+@pytest.fixture
+def site(opened: Site) -> Iterator[Site]:
+    yield opened
+    opened.played.paused = False
+
 
 @pytest.fixture(scope="module")
-def site(control_plane, api_client, nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with open_site(control_plane, api_client, tmp_path_factory.mktemp("site"), "rejected") as opened:
-        yield opened
+def opened(control_plane, api_client, nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with open_site(control_plane, api_client, tmp_path_factory.mktemp("site"), "rejected") as made:
+        yield made
 
 
 def test_a_job_waits_for_its_runtime_and_starts_once_it_is_there(site):
@@ -39,7 +48,7 @@ def test_a_job_waits_for_its_runtime_and_starts_once_it_is_there(site):
         (
             {"evaluation": {"suiteRef": {"name": "planes"}, "bestBy": "heads-knn/f1_macro", "floors": False}},
             {"evaluation": {"bestBy": "planes-knn/f1_macro"}},
-            "PretrainJob.spec.evaluation.bestBy: found 'heads-knn/f1_macro'. Allowed: planes-knn/",
+            "PretrainJob.spec.evaluation.bestBy: found 'heads-knn/f1_macro'. Allowed: one of planes-knn, with /METRIC",
         ),
         (
             {"runtimeRef": {"name": "small"}, "workers": {"minNodes": 1, "maxNodes": 3}},
@@ -109,18 +118,14 @@ def test_labels_of_another_job_make_nothing_its_child(site, job_of):
     template = job_of("forged")["spec"]["template"]
     hold = {"cluster.sonoforge.dev/hold": "yes"}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "forged", "labels": labels, "annotations": hold}}
-    spec = {
-        "step": 10,
-        "samples": 320,
-        "uri": "s3://b/elsewhere/step-0000000010/attempt-0",
-        "job": "robbed",
-        "jobUid": uid,
-    }
-    spec |= {
-        "id": "step-0000000010-000000000000",
-        "manifestDigest": f"sha256:{10:064x}",
-        "created": "2026-01-01T00:00:00Z",
-    }
+    ref = CheckpointRef(
+        step=10,
+        samples=320,
+        uri="s3://b/elsewhere/step-0000000010/attempt-0",
+        manifest_digest=f"sha256:{10:064x}",
+        created="2026-01-01T00:00:00Z",
+    )
+    spec = CheckpointSpec.of(ref, job="robbed", job_uid=uid).document()
     checkpoint = {
         "apiVersion": "sonoforge.dev/v1alpha1",
         "kind": "Checkpoint",
