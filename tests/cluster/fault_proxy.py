@@ -149,7 +149,7 @@ class FaultProxy:
         return response
 
     async def _watch(self, request: web.Request, answer: aiohttp.ClientResponse, response: web.StreamResponse) -> None:
-        began = self._loop.time()
+        began, rest = self._loop.time(), b""
         while True:
             try:
                 async with asyncio.timeout(0.2):
@@ -158,19 +158,19 @@ class FaultProxy:
                 data = None
             if data == b"":
                 return
+            # Whole lines are passed on or not: half of one is what only a cut leaves.
+            lines, end, rest = (rest + (data or b"")).rpartition(b"\n")
             cut = self.faults.cut_watch_seconds
             if cut is not None and self._loop.time() - began > cut:
                 self.counts["cut"] += 1
-                if data:
-                    await response.write(data[: len(data) // 2])
+                await response.write(lines[: len(lines) // 2])
                 assert request.transport is not None
                 request.transport.abort()
                 return
             if self.faults.silence:
-                self.counts["silenced"] += bool(data)
-                continue
-            if data:
-                await response.write(data)
+                self.counts["silenced"] += bool(lines)
+            elif lines:
+                await response.write(lines + end)
 
 
 async def _copy(answer: aiohttp.ClientResponse, response: web.StreamResponse) -> None:

@@ -185,7 +185,7 @@ def test_why_names_an_evaluation_that_failed(person):
     person.apply("unlucky", evaluation=spec)
     person.wait_for_phase("unlucky", "Succeeded", 90)
     said = person.say("why", "unlucky")
-    assert "evaluation planes of step-0000000000-000000000000 failed: no luck" in said
+    assert "evaluation planes of step-0000000000-000000000000 failed: application: no luck" in said
     assert "EvaluationFailed" in said
 
 

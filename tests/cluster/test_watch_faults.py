@@ -41,7 +41,12 @@ class World:
         return set(self.kubectl("get", "jobs", "--selector=sonoforge.dev/part=worker", UIDS).split())
 
     def wait_for_the_end(self) -> None:
-        self.operator.wait_for(lambda: self.phase() == "Succeeded", "Succeeded", BOUND_SECONDS)
+        try:
+            self.operator.wait_for(lambda: self.phase() == "Succeeded", "Succeeded", BOUND_SECONDS)
+        except TimeoutError as error:
+            last = [f"{at:.1f} {path}" for at, path in self.proxy.passed[-60:]]
+            error.add_note("\n".join(["writes that came through:", *last]))
+            raise
 
     def check(self) -> None:
         """Every checkpoint was evaluated once, and the operator never died."""
@@ -73,7 +78,7 @@ def world(control_plane, api_client, nodes, tmp_path) -> Iterator[World]:
         ({"refuse": {429: 0.2, 503: 0.2}}, "refused 429"),
         ({"lose": 0.3}, "lost"),
         ({"cut_watch_seconds": 1.0, "gone": 0.3}, "cut"),
-        ({"delay_seconds": 1.0}, "late"),
+        ({"delay_seconds": 0.4}, "late"),
     ],
     ids=["conflicts", "too-many-requests", "lost-answers", "cut-and-expired-watches", "slow-answers"],
 )
