@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import re
 import ssl
@@ -32,7 +31,7 @@ class Faults:
     cut_watch_seconds: float | None = None
     """Watches are cut off after this time, in the middle of a line."""
     gone: float = 0.0
-    """Share of watches that are answered with 410 Gone."""
+    """Share of watches that are told at once that what they ask for is gone."""
     silence: bool = False
     """Watches stay open and say nothing more."""
     delay_seconds: float = 0.0
@@ -124,10 +123,10 @@ class FaultProxy:
                     return _refusal(status)
         if watch and self._draw.random() < faults.gone:
             self.counts["gone"] += 1
-            return _refusal(410)
+            return web.json_response({"type": "ERROR", "object": _status(410)})  # as the API server says it
         if watch and faults.error:
             self.counts["failed"] += 1
-            return web.json_response({"type": "ERROR", "object": json.loads(_refusal(500).text or "")})
+            return web.json_response({"type": "ERROR", "object": _status(500)})
         headers = {k: v for k, v in request.headers.items() if k.lower() not in _HOP_BY_HOP}
         headers["Accept-Encoding"] = "identity"
         body = await request.read() if request.can_read_body else None
@@ -150,7 +149,7 @@ class FaultProxy:
         return response
 
     async def _watch(self, request: web.Request, answer: aiohttp.ClientResponse, response: web.StreamResponse) -> None:
-        began = self._loop.time()
+        began, rest = self._loop.time(), b""
         while True:
             try:
                 async with asyncio.timeout(0.2):
@@ -159,19 +158,19 @@ class FaultProxy:
                 data = None
             if data == b"":
                 return
+            # Whole lines are passed on or not: half of one is what only a cut leaves.
+            lines, end, rest = (rest + (data or b"")).rpartition(b"\n")
             cut = self.faults.cut_watch_seconds
             if cut is not None and self._loop.time() - began > cut:
                 self.counts["cut"] += 1
-                if data:
-                    await response.write(data[: len(data) // 2])
+                await response.write(lines[: len(lines) // 2])
                 assert request.transport is not None
                 request.transport.abort()
                 return
             if self.faults.silence:
-                self.counts["silenced"] += bool(data)
-                continue
-            if data:
-                await response.write(data)
+                self.counts["silenced"] += bool(lines)
+            elif lines:
+                await response.write(lines + end)
 
 
 async def _copy(answer: aiohttp.ClientResponse, response: web.StreamResponse) -> None:
@@ -180,14 +179,17 @@ async def _copy(answer: aiohttp.ClientResponse, response: web.StreamResponse) ->
 
 
 def _refusal(status: int) -> web.Response:
+    headers = {"Retry-After": "1"} if status == 429 else {}
+    return web.json_response(_status(status), status=status, headers=headers)
+
+
+def _status(code: int) -> dict[str, Any]:
     reason = {409: "Conflict", 410: "Expired", 429: "TooManyRequests", 500: "InternalError", 503: "ServiceUnavailable"}
-    document = {
+    return {
         "kind": "Status",
         "apiVersion": "v1",
         "status": "Failure",
-        "reason": reason.get(status, ""),
+        "reason": reason.get(code, ""),
         "message": "a fault of the test",
-        "code": status,
+        "code": code,
     }
-    headers = {"Retry-After": "1"} if status == 429 else {}
-    return web.Response(status=status, text=json.dumps(document), content_type="application/json", headers=headers)

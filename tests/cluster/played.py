@@ -197,6 +197,8 @@ class Played:
         """No step is made; everything else goes on."""
         self.fail_next: dict[str, tuple[int, str]] = {}
         """By part or child: exit code and termination message with which its next pod ends."""
+        self.fail_evaluation: set[int] = set()
+        """Steps of the checkpoints whose next evaluation fails."""
         self.errors: list[str] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._play, daemon=True)
@@ -349,9 +351,14 @@ class Played:
         result: Mapping[str, object] = {}
         if kind in ("eval", "floor"):
             request = EvaluationRequest.from_json(pod.metadata.annotations[ANNOTATION_REQUEST])
+            step = int(request.checkpoint_uri.split("step-")[1].split("/")[0])
+            if kind == "eval" and step in self.fail_evaluation:
+                self.fail_evaluation.remove(step)
+                said = Termination(cause="application", message="a fault of the test")
+                self._pods.fail(name, 1, said.to_json())
+                return
             if kind == "eval":
                 run.evaluated.append(request.id)
-                step = int(request.checkpoint_uri.split("step-")[1].split("/")[0])
                 value = self._score(step)
                 metrics = ("f1_macro", "val_f1_macro")
                 result = {f"{p}/{m}": {"value": value} for p in request.evaluation.protocols for m in metrics}

@@ -103,7 +103,7 @@ def resized(scene: Scene) -> Iterator[Callable[[], bool]]:
 
 def failed_evaluation(scene: Scene) -> Iterator[Callable[[], bool]]:
     """An evaluation fails once and is done again."""
-    scene.played.fail_next["eval"] = (1, '{"cause": "application", "message": "no luck"}')
+    scene.played.fail_evaluation.add(20)
     yield scene.over
 
 

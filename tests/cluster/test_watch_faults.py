@@ -16,6 +16,7 @@ from operators import OperatorProcess, grant, own_namespace, through
 from played import Played, Switchboard
 from test_life import JOB
 
+UIDS = "--output=jsonpath={.items[*].metadata.uid}"
 OPTIONS = ("--watch-silence-seconds=5", "--retry-seconds=1")
 BOUND_SECONDS = 90
 """Within this time a job that takes some 20 s is over, whatever the API server does meanwhile."""
@@ -36,8 +37,16 @@ class World:
     def phase(self) -> str:
         return str(self.get("pj", "fetal").get("status", {}).get("phase"))
 
+    def workers(self) -> set[str]:
+        return set(self.kubectl("get", "jobs", "--selector=sonoforge.dev/part=worker", UIDS).split())
+
     def wait_for_the_end(self) -> None:
-        self.operator.wait_for(lambda: self.phase() == "Succeeded", "Succeeded", BOUND_SECONDS)
+        try:
+            self.operator.wait_for(lambda: self.phase() == "Succeeded", "Succeeded", BOUND_SECONDS)
+        except TimeoutError as error:
+            last = [f"{at:.1f} {path}" for at, path in self.proxy.passed[-60:]]
+            error.add_note("\n".join(["writes that came through:", *last]))
+            raise
 
     def check(self) -> None:
         """Every checkpoint was evaluated once, and the operator never died."""
@@ -69,7 +78,7 @@ def world(control_plane, api_client, nodes, tmp_path) -> Iterator[World]:
         ({"refuse": {429: 0.2, 503: 0.2}}, "refused 429"),
         ({"lose": 0.3}, "lost"),
         ({"cut_watch_seconds": 1.0, "gone": 0.3}, "cut"),
-        ({"delay_seconds": 1.0}, "late"),
+        ({"delay_seconds": 0.4}, "late"),
     ],
     ids=["conflicts", "too-many-requests", "lost-answers", "cut-and-expired-watches", "slow-answers"],
 )
@@ -88,5 +97,23 @@ def test_watches_that_fall_silent_are_noticed_and_replaced(world):
     world.proxy.faults.silence = True
     wait_for(lambda: world.proxy.counts["silenced"] > 0, "an event that nobody hears", 30)
     world.proxy.faults.silence = False
+    world.wait_for_the_end()
+    world.check()
+
+
+def test_what_was_deleted_while_no_watch_heard_it_is_found_gone_once_they_begin_anew(world):
+    """A listing tells what is there, and of what is gone nothing."""
+    world.kubectl("apply", "--filename=-", stdin=JOB)
+    world.operator.wait_for(lambda: world.phase() == "Running", "Running", 60)
+    world.played.paused = True
+    before = world.workers()
+    assert len(before) == 1
+    with world.proxy.wrong(silence=True):
+        world.kubectl("delete", "jobs", "--selector=sonoforge.dev/part=worker", "--cascade=foreground")
+        assert world.workers() == set()
+    with world.proxy.wrong(cut_watch_seconds=0.0, gone=1.0):
+        wait_for(lambda: world.proxy.counts["gone"] >= 40, "every watch begins anew", 30)
+    world.operator.wait_for(lambda: world.workers() not in (set(), before), "its workers are made again", 40)
+    world.played.paused = False
     world.wait_for_the_end()
     world.check()

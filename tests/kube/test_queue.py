@@ -133,3 +133,45 @@ def test_the_wait_after_failures_grows_to_a_minute_and_no_further():
     assert waits == sorted(waits)
     assert waits[-1] == 60.0
     assert back_off(1, 0.0) == 0.25
+
+
+def test_a_failure_that_passes_soon_is_never_waited_for_long():
+    """A pass that loses a race was done in good part: those that follow must not wait longer and longer."""
+
+    async def scenario():
+        q, seen = queue(), []
+
+        class RaceError(Exception):
+            longest_wait = 0.2
+
+        async def handle(key):
+            seen.append(key)
+            raise RaceError
+
+        tasks = await worked(q, handle)
+        q.wake(A)
+        await until(lambda: len(seen) == 10)  # within 20 s; without the limit it takes minutes
+        for task in tasks:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_a_pass_that_hangs_is_seen_in_the_age_of_the_oldest_wish():
+    async def scenario():
+        q, began = queue(), asyncio.Event()
+
+        async def handle(key):
+            began.set()
+            await asyncio.Event().wait()
+
+        tasks = await worked(q, handle)
+        assert q.oldest == 0.0
+        q.wake(A)
+        await began.wait()
+        assert q.depth == 0
+        await until(lambda: q.oldest > 0.1)
+        for task in tasks:
+            task.cancel()
+
+    run(scenario)

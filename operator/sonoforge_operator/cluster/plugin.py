@@ -276,7 +276,7 @@ def _rank(line: str) -> int | None:
         found = json.loads(line).get("rank")
     except (ValueError, AttributeError):
         return None
-    return int(found) if str(found).isdigit() else None
+    return int(found) if str(found).isdecimal() else None
 
 
 def _console() -> Console:

@@ -70,7 +70,7 @@ class Queue:
         """Make passes until cancelled. `handle` returns the seconds to the next pass; None forgets the key.
 
         Whatever it raises concerns that key alone: it is tried again, later and later. An exception may carry
-        `retry_after` in seconds.
+        `retry_after` and `longest_wait` in seconds.
         """
         while True:
             key, entry = await self._next()
@@ -82,7 +82,8 @@ class Queue:
             except Exception as error:  # noqa: BLE001 - one poisoned object must not hold up another
                 entry.failures += 1
                 asked = getattr(error, "retry_after", 0.0)
-                after = max(asked, back_off(entry.failures, self.draw()))
+                longest = getattr(error, "longest_wait", _LONGEST_SECONDS)
+                after = max(asked, min(longest, back_off(entry.failures, self.draw())))
             finally:
                 entry.running = False
             if after is None and entry.due == float("inf"):
