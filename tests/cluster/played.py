@@ -79,6 +79,13 @@ class Coordinator:
             self._publisher = ProgressPublisher(self.addresses["store"], interval_seconds=0.2)
         return self._publisher
 
+    def take_token(self, token: str) -> None:
+        """Change the file of the token as a mounted ConfigMap changes: whoever reads it reads the old or the new."""
+        if self.token_file.read_text() != token:
+            fresh = self.token_file.with_suffix(".new")
+            fresh.write_text(token)
+            fresh.replace(self.token_file)
+
     def kill(self) -> None:
         """End it."""
         self._process.kill()
@@ -253,7 +260,7 @@ class Played:
                 known = self.runs.get(job)
                 if known is None or known.config.uid != parsed.uid:
                     self.runs[job] = Run(parsed, self._min_nodes(job))
-            self.coordinators[name].token_file.write_text(config.data["token"])
+            self.coordinators[name].take_token(config.data["token"])
             addresses = self.coordinators[name].addresses
             if addresses:
                 self._switchboard.targets[place] = addresses["http"]

@@ -60,7 +60,11 @@ class Person:
         self.kubectl("apply", "--filename=-", stdin=yaml.safe_dump_all([*named, job]))
 
     def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
-        self.operator.wait_for(lambda: bool(condition()), what, seconds)
+        try:
+            self.operator.wait_for(lambda: bool(condition()), what, seconds)
+        except TimeoutError as error:
+            error.add_note(f"what went wrong in playing: {self.played.errors[-5:]}")
+            raise
 
     def wait_for_phase(self, job: str, phase: str, seconds: float = 60) -> None:
         self.wait_for(lambda: self.status(job).get("phase") == phase, f"{job} is {phase}", seconds)

@@ -139,6 +139,21 @@ def test_an_evaluation_whose_pod_is_gone_ended_as_its_job_says():
     assert facts(Objects(jobs=(small_job("eval-a-000"),)), JobStatus(), T0)["eval-a-000"].running
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"sonoforge.dev/part": "worker", "sonoforge.dev/attempt": "none"},
+        {"sonoforge.dev/part": "worker", "sonoforge.dev/attempt": "0"},
+        {"sonoforge.dev/part": "worker"},
+        {"sonoforge.dev/part": "evaluation", "sonoforge.dev/child": "worker-none-0"},
+        {"sonoforge.dev/part": "evaluation", "sonoforge.dev/child": "worker-001-0000-000"},
+    ],
+)
+def test_a_job_that_only_looks_like_workers_is_no_fact(labels):
+    made = {"metadata": {"name": "forged", "uid": "j", "labels": labels}, "spec": {"suspend": True, "parallelism": 2}}
+    assert facts(Objects(jobs=(made,), pods=(pod("j", 0),)), JobStatus(), T0) == {}
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

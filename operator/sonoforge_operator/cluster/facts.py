@@ -42,8 +42,10 @@ def facts(objects: Objects, status: JobStatus, now: float) -> dict[str, ChildFac
     for job in objects.jobs:
         pods = pods_of.get(_text(job, "metadata", "uid"), [])
         if _label(job, LABEL_PART) == "worker":
+            if _number(_label(job, LABEL_ATTEMPT)) < 1:
+                continue  # somebody else made it to look like ours
             found |= {fact.name: fact for fact in _workers(job, pods, status, now)}
-        elif _label(job, LABEL_CHILD):
+        elif _label(job, LABEL_CHILD) and not _label(job, LABEL_CHILD).startswith("worker-"):
             fact = _small(job, pods, now)
             found[fact.name] = fact
     for deployment in objects.deployments:
