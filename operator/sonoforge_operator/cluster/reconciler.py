@@ -118,7 +118,7 @@ class Reconciler:
             return _LOOK_AGAIN_SECONDS
         except UnreadableRecordError:
             await self._port.reject(manifest, rejected_document(manifest, "RecordUnreadable", _UNREADABLE, now))
-            return _LOOK_AGAIN_SECONDS
+            return _RETIRE_SECONDS  # what repairs it is a change of the status, which wakes nobody
         now = self._clock()
         decided = plan(job.file, observed, now)
         await self._port.record(job, observed, decided, now)
