@@ -54,6 +54,10 @@ cluster-stop: $(VENV)/ready ## End what `make cluster` started (so does Ctrl-C)
 bench: $(VENV)/ready $(VENV)-bench/ready ## Measure speed as ratios against named peers, and print the table
 	$(BIN)/python benchmarks/run.py
 
+.PHONY: bench-operator
+bench-operator: $(VENV)/ready cluster-programs ## 1,000 jobs at once on a real control plane, then a restart with 5,000; figures beside their goals
+	$(BIN)/python benchmarks/operator_scale.py
+
 .PHONY: real
 real: $(VENV)/ready ## The main job on the real ultrasound images beside the checkout (about an hour on 2 cores)
 	$(BIN)/python demo/real.py

@@ -11,7 +11,6 @@ from typing import Any
 import structlog
 
 from sonoforge_operator.cluster.api_client import LEASES, Api, ApiError, NotFoundError
-from sonoforge_operator.cluster.facts import unix_seconds
 from sonoforge_operator.cluster.names import LABEL_MANAGED, MANAGER
 
 log = structlog.get_logger(__name__)
@@ -146,8 +145,3 @@ class Leadership:
 
 
 _KIND = {"apiVersion": LEASES.api_version, "kind": LEASES.name}
-
-
-def renewed_at(lease: dict[str, Any]) -> float:
-    """Unix seconds of the newest renewal of a Lease; 0 where there is none."""
-    return unix_seconds(str((lease.get("spec") or {}).get("renewTime", "")))

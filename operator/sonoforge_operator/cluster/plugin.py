@@ -15,6 +15,7 @@ import click
 from kubernetes.aio import config as kube_config
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sonoforge_operator.cluster.api_client import (
     CHECKPOINTS,
@@ -77,19 +78,19 @@ def status(place: Place, job: str) -> None:
     manifest = _run(place, lambda api: api.get(JOBS, place.namespace, job))
     known = _status(manifest)
     console = _console()
-    console.print(f"[bold]{job}[/]  {known.get('phase', 'Pending')}  {known.get('reason', '')}", highlight=False)
+    console.print(f"{job}  {known.get('phase', 'Pending')}  {known.get('reason', '')}", highlight=False, markup=False)
     if known.get("message"):
         console.print(str(known["message"]), highlight=False, markup=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in _facts(known):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     console.print(table)
     conditions = Table(box=None, pad_edge=False)
     for title in ("CONDITION", "STATUS", "REASON", "SINCE", "MESSAGE"):
         conditions.add_column(title, overflow="fold")
     for condition in _list(known.get("conditions")):
         fields = ("type", "status", "reason", "lastTransitionTime", "message")
-        conditions.add_row(*(str(condition.get(field, "")) for field in fields))
+        conditions.add_row(*(Text(str(condition.get(field, ""))) for field in fields))
     console.print(conditions)
 
 
@@ -105,7 +106,7 @@ def checkpoints(place: Place, job: str) -> None:
         table.add_column(title, overflow="fold", justify="right" if title in ("STEP", "SAMPLES") else "left")
     for checkpoint in sorted(found, key=lambda c: int(c["spec"].get("step", 0))):
         spec, known = checkpoint["spec"], _status(checkpoint)
-        table.add_row(
+        cells = (
             str(spec.get("step")),
             str(spec.get("samples")),
             str(known.get("phase", "Pending")) + (" (pruned)" if known.get("pruned") else ""),
@@ -113,6 +114,7 @@ def checkpoints(place: Place, job: str) -> None:
             str(known.get("scoresText", "")),
             str(spec.get("uri")),
         )
+        table.add_row(*(Text(cell) for cell in cells))
     _console().print(table)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -92,7 +94,9 @@ class Reconciler:
             raise
         except Exception as error:
             self._metrics.failed_passes.labels("error").inc()
-            log.exception("pass-failed", job=str(key), exception=type(error).__name__)
+            frame = traceback.extract_tb(error.__traceback__)[-1]  # its text may hold anything
+            where = f"{Path(frame.filename).name}:{frame.lineno}"
+            log.error("pass-failed", job=str(key), exception=type(error).__name__, where=where)  # noqa: TRY400
             raise
         finally:
             self._metrics.pass_seconds.observe(time.monotonic() - began)
