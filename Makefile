@@ -58,6 +58,10 @@ bench: $(VENV)/ready $(VENV)-bench/ready ## Measure speed as ratios against name
 bench-operator: $(VENV)/ready cluster-programs ## 1,000 jobs at once on a real control plane, then a restart with 5,000; figures beside their goals
 	$(BIN)/python benchmarks/operator_scale.py
 
+.PHONY: fuzz
+fuzz: $(VENV)/ready ## 10,000 hostile specs, statuses, pods and answers of each kind against the operator's core
+	SONOFORGE_FUZZ_EXAMPLES=10000 $(BIN)/pytest -q --timeout=7200 tests/kube/test_hostile.py
+
 .PHONY: real
 real: $(VENV)/ready ## The main job on the real ultrasound images beside the checkout (about an hour on 2 cores)
 	$(BIN)/python demo/real.py

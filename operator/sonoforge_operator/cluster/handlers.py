@@ -59,8 +59,8 @@ class Wiring:
                 self._queue.wake(named)
         else:
             found = manifest or self.store.get(kind.name, key.namespace, key.name)
-            labels = (found or {}).get("metadata", {}).get("labels") or {}
-            job = labels.get(LABEL_JOB)
+            labels = (found or {}).get("metadata", {}).get("labels")
+            job = labels.get(LABEL_JOB) if isinstance(labels, Mapping) else None
             if isinstance(job, str):
                 self._queue.wake(Key(key.namespace, job))
 

@@ -171,7 +171,7 @@ class ClusterPort:
             await self._send(job, request)
         await self._release(job.names, decided, training_wanted(job.file, decided.status), now)
         await self._start(job, decided)
-        await self._posting.post(job.names, decided.events, now)
+        await self._posting.post(job.names, decided.events, now, decided.status.attempt)
         if decided.status.terminal:
             self.forget(job.names.uid)
 

@@ -24,12 +24,13 @@ class Posting:
     def __init__(self, api: Api) -> None:
         self._api = api
 
-    async def post(self, names: Names, events: tuple[Event, ...], now: float) -> None:
-        """Post the events of a pass."""
+    async def post(self, names: Names, events: tuple[Event, ...], now: float, attempt: int = 0) -> None:
+        """Post the events of a pass, and log them with the attempt that they belong to."""
         for event in events:
             log.info(
                 "event",
                 job=str(names.key),
+                attempt=attempt,
                 reason=event.reason,
                 message=event.message,
                 **({"warning": True} if event.warning else {}),

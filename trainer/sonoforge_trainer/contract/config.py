@@ -436,9 +436,11 @@ _SCHEDULE_LENGTHS = ("warmupSamples", "freezeLastLayerSamples", "teacherTemperat
 
 def _scale_schedule(base: Mapping[str, Any], merged: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     recipe = merged["recipe"]
-    budget = recipe.get("budgetSamples")
-    if not isinstance(budget, int) or isinstance(budget, bool) or not isinstance(recipe.get("schedule"), Mapping):
+    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("schedule"), Mapping):
         return merged  # Validation names the fault.
+    budget = recipe.get("budgetSamples")
+    if not isinstance(budget, int) or isinstance(budget, bool):
+        return merged
     chosen = (given.get("recipe") or {}).get("schedule") or {}
     schedule = dict(recipe["schedule"])
     for name in _SCHEDULE_LENGTHS:
