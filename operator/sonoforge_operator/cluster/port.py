@@ -138,9 +138,10 @@ class ClusterPort:
 
         A server whose resource definition is older drops fields: what comes back is then not what was sent.
         """
-        uid = str(manifest["metadata"].get("uid", ""))
-        sent = hash(canonical_json(document))
-        if manifest.get("status") == document or self._sent.get(uid) == (_version(manifest), sent):
+        if manifest.get("status") == document:
+            return
+        uid, sent = str(manifest["metadata"].get("uid", "")), hash(canonical_json(document))
+        if self._sent.get(uid) == (_version(manifest), sent):
             return
         written = await self._api.put_status(kind, manifest, document)
         self._store.put(kind.name, written)
