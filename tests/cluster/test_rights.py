@@ -24,7 +24,6 @@ MUST = [
     ("create", "networking.k8s.io", "networkpolicies", ""),
     ("create", "", "events", ""),
     ("watch", "coordination.k8s.io", "leases", ""),
-    ("update", "coordination.k8s.io", "leases", ""),
 ]
 MUST_NOT = [
     *((verb, "", "secrets", "") for verb in ("get", "list", "watch", "create", "update", "patch", "delete")),
@@ -59,9 +58,9 @@ def allowed(control_plane, api_client, namespace):
     grant(control_plane, namespace)
     reviews = client.AuthorizationV1Api(api_client)
 
-    def ask(verb: str, group: str, resource: str, subresource: str, where: str = namespace) -> bool:
+    def ask(verb: str, group: str, resource: str, subresource: str, where: str = namespace, name: str = "") -> bool:
         attributes = client.V1ResourceAttributes(
-            verb=verb, group=group, resource=resource, subresource=subresource, namespace=where
+            verb=verb, group=group, resource=resource, subresource=subresource, namespace=where, name=name
         )
         user = f"system:serviceaccount:{namespace}:sonoforge-operator"
         spec = client.V1SubjectAccessReviewSpec(user=user, resource_attributes=attributes)
@@ -79,6 +78,13 @@ def test_the_operator_may(allowed, right):
 @pytest.mark.parametrize("right", MUST_NOT, ids=lambda right: "-".join(filter(None, right)))
 def test_the_operator_may_not(allowed, right):
     assert not allowed(*right)
+
+
+def test_it_may_renew_its_own_lease_and_no_other(allowed):
+    lease = ("update", "coordination.k8s.io", "leases", "")
+    assert allowed(*lease, name="sonoforge-operator")
+    assert not allowed(*lease, name="kube-scheduler")
+    assert not allowed(*lease)
 
 
 def test_its_rights_end_at_its_namespace(allowed):
