@@ -18,4 +18,6 @@ def test_the_metrics_of_the_contract_are_those_that_the_protocols_report(checkpo
     request = request_of(checkpoint, f"{output}/shards.json", *PROTOCOL_METRICS)
     reported = evaluate(request, storage, torch.device("cpu")).scores
     reported = {name: score for name, score in reported.items() if not is_validation_score(name)}
-    assert sorted(reported) == sorted(f"{p}/{m}" for p in PROTOCOL_METRICS for m in request.evaluation.metrics(p))
+    known = {f"{p}/{m}" for p in PROTOCOL_METRICS for m in request.evaluation.metrics(p)}
+    # Training logs it, and this checkpoint has no log; test_run.py has one.
+    assert sorted(reported) == sorted(known - {"health/teacher_entropy"})
