@@ -8,18 +8,6 @@ from sonoforge_operator.turn import Turn
 from sonoforge_trainer.contract import Activity
 
 PRODUCTIVE = "productive"
-CAUSES = (
-    "queue",
-    "start",
-    "rendezvous",
-    "restore",
-    "checkpoint",
-    "lostWork",
-    "hang",
-    "belowMinimum",
-    "suspended",
-)
-"""Everything that a job can lose time by."""
 
 
 def account(at: Turn) -> Turn:

@@ -29,12 +29,12 @@ from sonoforge_operator.cluster.names import (
     ANNOTATION_REQUEST,
     LABEL_ATTEMPT,
     LABEL_CHILD,
-    LABEL_INDEX,
     LABEL_JOB,
     LABEL_PART,
 )
 from sonoforge_trainer.contract import Activity, CheckpointRef, EvaluationRequest, Progress, RunConfig, Termination
 from sonoforge_trainer.coordinator_client import ProgressPublisher
+from sonoforge_trainer.store_link import PROGRESS_KEY, StoreLink, parse_endpoint
 
 _TICK_SECONDS = 0.1
 
@@ -42,7 +42,9 @@ _TICK_SECONDS = 0.1
 class Coordinator:
     """The real `sonoforge coordinator` of a job, started with what its pod would be started with."""
 
-    def __init__(self, folder: Path, token: str) -> None:
+    def __init__(self, folder: Path, token: str, job: str) -> None:
+        self.job = job
+        """Name of the PretrainJob."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "token").write_text(token)
         self.token_file = folder / "token"
@@ -63,6 +65,7 @@ class Coordinator:
                 env=kept,
             )
         self._publisher: ProgressPublisher | None = None
+        self._link: StoreLink | None = None
 
     @property
     def addresses(self) -> dict[str, str] | None:
@@ -78,6 +81,13 @@ class Coordinator:
         if self._publisher is None and self.addresses:
             self._publisher = ProgressPublisher(self.addresses["store"], interval_seconds=0.2)
         return self._publisher
+
+    def heard(self, step: int) -> bool:
+        """Whether the coordinator holds a report of this step, for whoever asks it now."""
+        if self._link is None and self.addresses:
+            self._link = StoreLink(*parse_endpoint(self.addresses["store"]))
+        said = self._link.get(PROGRESS_KEY) if self._link else None
+        return said is not None and Progress.from_json(said).step >= step
 
     def take_token(self, token: str) -> None:
         """Change the file of the token as a mounted ConfigMap changes: whoever reads it reads the old or the new."""
@@ -254,8 +264,8 @@ class Played:
             place = f"{self.namespace}/{name}"
             config = self._core.read_namespaced_config_map(name.removesuffix("-coordinator"), self.namespace)
             if name not in self.coordinators:
-                self.coordinators[name] = Coordinator(self._folder / name, config.data["token"])
                 job = deployment.metadata.labels[LABEL_JOB]
+                self.coordinators[name] = Coordinator(self._folder / name, config.data["token"], job)
                 parsed = RunConfig.from_json(config.data["config.json"])
                 known = self.runs.get(job)
                 if known is None or known.config.uid != parsed.uid:
@@ -275,17 +285,8 @@ class Played:
         nodes: int = found["spec"].get("workers", {}).get("minNodes", 1)
         return nodes
 
-    def _publisher(self, run: Run) -> ProgressPublisher | None:
-        for name, coordinator in self.coordinators.items():
-            if self.runs.get(self._job_of(name)) is run:
-                return coordinator.publisher
-        return None
-
-    def _job_of(self, service: str) -> str:
-        for job, run in self.runs.items():
-            if service.startswith(f"{job.replace('.', '-')[:20]}") and run.config.job == job:
-                return job
-        return ""
+    def _coordinator(self, job: str) -> Coordinator | None:
+        return next((found for found in self.coordinators.values() if found.job == job), None)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -297,8 +298,14 @@ class Played:
             code, message = self.fail_next.pop("worker")
             self._pods.fail(workers[0].metadata.name, code, message)
             return
-        publisher = self._publisher(run)
-        if len(workers) < run.min_nodes or publisher is None or (run.step >= run.steps and not workers):
+        coordinator = self._coordinator(job)
+        publisher = coordinator.publisher if coordinator else None
+        if (
+            len(workers) < run.min_nodes
+            or coordinator is None
+            or publisher is None
+            or (run.step >= run.steps and not workers)
+        ):
             run.group = ""
             return
         members = ",".join(sorted(pod.metadata.uid for pod in workers))
@@ -317,8 +324,7 @@ class Played:
             run.history.append((time.time(), members, run.step))
         attempt = max(int(pod.metadata.labels[LABEL_ATTEMPT]) for pod in workers)
         publisher.publish(self._progress(run, len(workers), attempt))
-        if run.step >= run.steps:
-            time.sleep(0.5)  # the publisher says it
+        if run.step >= run.steps and coordinator.heard(run.step):
             for pod in workers:
                 self._pods.succeed(pod.metadata.name, Termination(cause="done").to_json())
 
@@ -378,8 +384,3 @@ class Played:
             run.deleted += ids
             run.storage = [ref for ref in run.storage if ref.id not in ids]
         self._pods.succeed(name, Termination(cause="done", result=dict(result)).to_json())
-
-
-def index_of(pod: Any) -> int:
-    """The node number of a worker pod."""
-    return int(pod.metadata.labels[LABEL_INDEX])

@@ -159,7 +159,6 @@ def test_no_name_exceeds_what_the_api_takes(name, uid, attempt):
         assert len(found) <= 63, found
         assert DNS.fullmatch(found), found
     assert len(names.checkpoint("step-0000012345-1a2b3c4d5e6f")) <= 253
-    assert names.checkpoint_id(names.checkpoint("step-1")) == "step-1"
 
 
 @settings(max_examples=100, deadline=None)

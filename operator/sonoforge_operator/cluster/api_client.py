@@ -38,11 +38,6 @@ class Kind:
         parts = [root, *(("namespaces", namespace) if namespace else ()), self.plural, name, subresource]
         return "/".join(part for part in parts if part)
 
-    @property
-    def group(self) -> str:
-        """API group; empty for the core group."""
-        return self.api_version.rpartition("/")[0]
-
 
 JOBS = Kind("PretrainJob", API_VERSION, "pretrainjobs")
 RUNTIMES = Kind("PretrainRuntime", API_VERSION, "pretrainruntimes")

@@ -73,10 +73,6 @@ class Names:
         """Checkpoint object."""
         return f"{self.base}-{checkpoint_id}"
 
-    def checkpoint_id(self, name: str) -> str:
-        """The id of a checkpoint by the name of its object."""
-        return name.removeprefix(f"{self.base}-")
-
     def labels(self, part: str) -> dict[str, str]:
         """Labels of an object that is this part of the job."""
         return {
