@@ -86,8 +86,8 @@ class Coordinator:
         """Whether the coordinator holds a report of this step, for whoever asks it now."""
         if self._link is None and self.addresses:
             self._link = StoreLink(*parse_endpoint(self.addresses["store"]))
-        said = self._link.get(PROGRESS_KEY) if self._link else None
-        return said is not None and Progress.from_json(said).step >= step
+        said = self._link.get(PROGRESS_KEY) if self._link else b""
+        return bool(said) and Progress.from_json(said).step >= step
 
     def take_token(self, token: str) -> None:
         """Change the file of the token as a mounted ConfigMap changes: whoever reads it reads the old or the new."""
