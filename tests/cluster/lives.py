@@ -36,25 +36,29 @@ class Killer:
 
 
 class MortalApi(Api):
-    """A connection whose owner may die at any write."""
+    """A connection whose owner may die at any write. Writes go one after another, so that each is died at."""
 
     killer: Killer
+    writing: asyncio.Lock
 
     async def _exchange(
         self, method: str, path: str, query: Mapping[str, str], body: object, content: str, accept: str
     ) -> bytes:
         if method == "GET":
             return await super()._exchange(method, path, query, body, content, accept)
-        self.killer.writes += 1
-        when = self.killer.wanted(self.killer.writes)
-        if when == "before":
-            self.killer.done.append(f"before {method} {path}")
-            raise KilledError
-        answer = await super()._exchange(method, path, query, body, content, accept)
-        if when == "after":
-            self.killer.done.append(f"after {method} {path}")
-            raise KilledError
-        return answer
+        async with self.writing:
+            if self.killer.done:
+                raise KilledError  # what else was under way dies with it
+            self.killer.writes += 1
+            when = self.killer.wanted(self.killer.writes)
+            if when == "before":
+                self.killer.done.append(f"before {method} {path}")
+                raise KilledError
+            answer = await super()._exchange(method, path, query, body, content, accept)
+            if when == "after":
+                self.killer.done.append(f"after {method} {path}")
+                raise KilledError
+            return answer
 
 
 class Lives:
@@ -83,7 +87,7 @@ class Lives:
                 await MortalApi.connect(self._kubeconfig) as api,
                 Coordinators(b"a key of the tests, 32 bytes long", self._url) as coordinators,
             ):
-                api.killer = killer
+                api.killer, api.writing = killer, asyncio.Lock()
                 port = ClusterPort(api, store, coordinators)
                 site = Site(default_image="example.invalid/trainer:1", operator_namespace=self._namespace)
                 reconciler = Reconciler(port, store, coordinators, site, metrics)
