@@ -44,6 +44,7 @@ OF_JOBS = {
     "sonoforge_job_goodput_ratio",
     "sonoforge_job_lost_seconds",
     "sonoforge_job_checkpoint_time_seconds",
+    "sonoforge_job_checkpoint_duration_seconds",
     "sonoforge_job_checkpoint_stall_seconds",
     "sonoforge_job_data_wait_ratio",
     "sonoforge_job_evaluation_backlog",

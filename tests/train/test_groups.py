@@ -30,6 +30,7 @@ def test_a_run_does_what_it_is_asked_and_says_what_it_sees(tiny, spoil):
     assert progress["worldSize"] == progress["nodes"] == 2
     assert progress["corruptSamples"] >= 1
     assert progress["checkpointsSkipped"] == 0
+    assert 0 < progress["checkpointStallSeconds"] < progress["checkpointSeconds"]
     assert 0 < progress["teacherEntropy"] < 3.5  # log of 32 prototypes
     assert set(progress["losses"]) == {"dino", "ibot", "koleo"}
     assert tiny.logged_samples()[-1] == (saved[-1] - 1, 1)

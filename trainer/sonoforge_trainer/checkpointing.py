@@ -26,7 +26,7 @@ class Checkpointing:
         writer: CheckpointWriter,
         snapshot: Callable[[], Snapshot],
         *,
-        committed: Callable[[CheckpointRef, float], None],
+        committed: Callable[[CheckpointRef, SaveResult], None],
         failed: Callable[[], None],
         restored_step: int | None,
     ) -> None:
@@ -101,4 +101,4 @@ class Checkpointing:
             return
         self._failures = []
         self._committed_step = result.ref.step
-        self._tell_committed(result.ref, result.stall_seconds)
+        self._tell_committed(result.ref, result)

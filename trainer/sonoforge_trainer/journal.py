@@ -36,6 +36,7 @@ class _Facts:
     skipped_steps: int = 0
     corrupt_samples: int = 0
     stall_seconds: float = 0.0
+    save_seconds: float = 0.0
     step_time: float = 0.0
 
 
@@ -113,10 +114,10 @@ class Journal:
             found[f"{SAMPLES}-{rank:05d}-of-{world_size:05d}.jsonl"] = self._samples.text(step)
         return found
 
-    def committed(self, ref: CheckpointRef, stall_seconds: float) -> None:
-        """A checkpoint is committed, and the logs in it are safe."""
+    def committed(self, ref: CheckpointRef, stall_seconds: float, save_seconds: float) -> None:
+        """A checkpoint is committed, and the logs in it are safe. It took so long, and held training up so long."""
         self._facts.checkpoints = [*self._facts.checkpoints, ref]
-        self._facts.stall_seconds = stall_seconds
+        self._facts.stall_seconds, self._facts.save_seconds = stall_seconds, save_seconds
         self._metrics.forget(ref.step)
         self._samples.forget(ref.step)
 
@@ -175,6 +176,7 @@ class Journal:
                 dataset_samples=self._manifest.samples,
                 config_digest=self._config_digest,
                 checkpoints=tuple(facts.checkpoints),
+                checkpoint_seconds=facts.save_seconds,
                 checkpoint_stall_seconds=facts.stall_seconds,
                 checkpoints_skipped=checkpoints_skipped,
                 quarantined=facts.quarantined,

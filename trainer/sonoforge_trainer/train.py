@@ -24,6 +24,7 @@ from sonoforge_trainer.checkpoint import (
     CheckpointWriter,
     Peers,
     RunIdentity,
+    SaveResult,
     Snapshot,
     fresh_attempt,
     restore,
@@ -268,8 +269,8 @@ class Run:
             files=self._journal.files(self.step),
         )
 
-    def _committed(self, ref: CheckpointRef, stall_seconds: float) -> None:
-        self._journal.committed(ref, stall_seconds)
+    def _committed(self, ref: CheckpointRef, saved: SaveResult) -> None:
+        self._journal.committed(ref, saved.stall_seconds, saved.stall_seconds + saved.upload_seconds)
         self._wishes.saved(ref.step)
 
     def _publish(self, activity: Activity) -> None:

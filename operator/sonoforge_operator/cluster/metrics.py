@@ -14,7 +14,7 @@ from sonoforge_operator.observed import Plan
 from sonoforge_operator.status import JobStatus
 
 _STEP_BUCKETS = (10, 30, 60, 120, 300, 600, 1800, 3600, 14400)
-_PASS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30)
+_PASS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2, 5, 10, 30)
 
 
 class Metrics:
@@ -140,6 +140,11 @@ def _checkpoint_time(status: JobStatus) -> _Samples:
         yield (), unix_seconds(newest.ref.created)
 
 
+def _checkpoint_duration(status: JobStatus) -> _Samples:
+    if status.progress:
+        yield (), status.progress.checkpoint_seconds
+
+
 def _checkpoint_stall(status: JobStatus) -> _Samples:
     if status.progress:
         yield (), status.progress.checkpoint_stall_seconds
@@ -161,6 +166,7 @@ _OF_JOBS: dict[str, tuple[str, tuple[str, ...], Callable[[JobStatus], _Samples]]
     "goodput_ratio": ("Share of the time that went into steps that count.", (), _goodput),
     "lost_seconds": ("Time without such steps, by cause.", ("cause",), _lost),
     "checkpoint_time_seconds": ("Unix time of the newest checkpoint; its age is the time since.", (), _checkpoint_time),
+    "checkpoint_duration_seconds": ("Time that the newest checkpoint took to its commit.", (), _checkpoint_duration),
     "checkpoint_stall_seconds": ("Time for which the newest checkpoint held up training.", (), _checkpoint_stall),
     "data_wait_ratio": ("Part of the step time spent waiting for data.", (), _data_wait),
     "evaluation_backlog": ("Evaluations that have not ended.", (), _backlog),

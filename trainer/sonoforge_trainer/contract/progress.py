@@ -79,6 +79,8 @@ class Progress(Part):
     """TrainConfig in use."""
     checkpoints: tuple[CheckpointRef, ...] = ()
     """Every committed and valid checkpoint of the run, oldest first."""
+    checkpoint_seconds: float = 0.0
+    """Time from the beginning of the newest checkpoint to its commit."""
     checkpoint_stall_seconds: float = 0.0
     """Time the newest checkpoint held up training."""
     checkpoints_skipped: int = 0
