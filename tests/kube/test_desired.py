@@ -127,10 +127,8 @@ def test_equal_jobs_give_equal_objects():
 
 @pytest.mark.parametrize("part", ["worker", "coordinator", "evaluation", "storage"])
 def test_there_is_a_policy_for_every_part_and_none_lets_everything_pass(part):
-    policies = {
-        m["metadata"]["name"]: m["spec"] for m in standing_objects(cluster_job()) if m["kind"] == "NetworkPolicy"
-    }
-    (spec,) = [s for name, s in policies.items() if name.endswith(f"-{part}")]
+    policies = [m["spec"] for m in standing_objects(cluster_job()) if m["kind"] == "NetworkPolicy"]
+    (spec,) = [s for s in policies if part in s["podSelector"]["matchExpressions"][0]["values"]]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     for rule in [*spec["ingress"], *spec["egress"]]:
         assert rule.get("from") or rule.get("to")

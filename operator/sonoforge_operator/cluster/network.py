@@ -21,7 +21,8 @@ def policies(
     """The part that each policy is for, and its spec. None where the platform wants none.
 
     Workers reach each other, the coordinator's store, DNS and storage; the operator alone reaches the coordinator's
-    HTTP port; evaluations reach DNS and storage. The store has no password, which is why nobody else may reach it.
+    HTTP port; evaluations and what looks after checkpoints reach DNS and storage. The store has no password, which is
+    why nobody else may reach it.
     """
     if not network.policies:
         return
@@ -35,7 +36,7 @@ def policies(
         "worker",
         _policy(
             names,
-            "worker",
+            ("worker",),
             ingress=[{"from": [workers]}],
             egress=[{"to": [workers]}, {"to": [coordinator], "ports": [_tcp(store_port)]}, *outside],
         ),
@@ -44,7 +45,7 @@ def policies(
         "coordinator",
         _policy(
             names,
-            "coordinator",
+            ("coordinator",),
             ingress=[
                 {"from": [workers], "ports": [_tcp(store_port)]},
                 {"from": [operator], "ports": [_tcp(http_port)]},
@@ -52,13 +53,13 @@ def policies(
             egress=[],
         ),
     )
-    for part in ("evaluation", "storage"):
-        yield part, _policy(names, part, ingress=[], egress=outside)
+    yield "evaluation", _policy(names, ("evaluation", "storage"), ingress=[], egress=outside)
 
 
-def _policy(names: Names, part: str, *, ingress: list[Spec], egress: list[Spec]) -> Spec:
+def _policy(names: Names, parts: tuple[str, ...], *, ingress: list[Spec], egress: list[Spec]) -> Spec:
+    of_parts = {"key": LABEL_PART, "operator": "In", "values": list(parts)}
     return {
-        "podSelector": {"matchLabels": {LABEL_UID: names.uid, LABEL_PART: part}},
+        "podSelector": {"matchLabels": {LABEL_UID: names.uid}, "matchExpressions": [of_parts]},
         "policyTypes": ["Ingress", "Egress"],
         "ingress": ingress,
         "egress": egress,
