@@ -4,12 +4,16 @@
 
 Prints each figure beside its goal. Coordinators are answered for by one small server that says what a run that trains
 would say: a thousand real ones would measure this machine and not the operator.
+
+What is the limit shows in two ways: the processor time of every program over the run, and the same children applied
+again by a bare loop that decides nothing, in a namespace of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -50,6 +54,16 @@ _RUNTIMES = f"/apis/sonoforge.dev/v1alpha1/namespaces/{NAMESPACE}/pretrainruntim
 _CHILDREN = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
 _DEPLOYMENTS = f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments"
 _PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
+_BARE = "bare"
+_APPLIED = {
+    "configmaps": "/api/v1",
+    "serviceaccounts": "/api/v1",
+    "services": "/api/v1",
+    "networkpolicies": "/apis/networking.k8s.io/v1",
+    "deployments": "/apis/apps/v1",
+    "jobs": "/apis/batch/v1",
+}
+"""Path of each kind that the operator applies for a job before it trains."""
 RUNTIME = {
     "apiVersion": "sonoforge.dev/v1alpha1",
     "kind": "PretrainRuntime",
@@ -129,6 +143,18 @@ class Objects:
         with ThreadPoolExecutor(_CREATORS) as pool:
             list(pool.map(lambda manifest: self._call("POST", path, manifest), manifests))
 
+    def apply(self, paths_and_manifests: list[tuple[str, dict[str, Any]]]) -> None:
+        """Make objects by server-side apply, several at a time."""
+        content = "application/apply-patch+yaml"
+        with ThreadPoolExecutor(_CREATORS) as pool:
+            list(pool.map(lambda each: self._call("PATCH", *each, content=content), paths_and_manifests))
+
+    def of_operator(self, path: str) -> list[dict[str, Any]]:
+        """Every object there that the operator made."""
+        page = self._call("GET", f"{path}?labelSelector=app.kubernetes.io/managed-by%3Dsonoforge")
+        form = {"apiVersion": page["apiVersion"], "kind": page["kind"].removesuffix("List")}
+        return [{**form, **item} for item in page["items"]]
+
     def count(self, path: str) -> int:
         """How many there are; the server says how many follow the first."""
         page = self._call("GET", f"{path}?limit=1")
@@ -139,8 +165,10 @@ class Objects:
         found: dict[str, Any] = self._call("GET", f"{path}?limit=1")["items"][0]
         return found
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+    def _call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, content: str = "application/json"
+    ) -> dict[str, Any]:
+        headers = {"Accept": "application/json", "Content-Type": content}
         request = self._client.param_serialize(
             method, path, header_params=headers, body=body, auth_settings=["BearerToken"]
         )
@@ -187,12 +215,21 @@ def measure(jobs: int, restart_jobs: int, restart_pods: int) -> dict[str, float]
             OperatorProcess(grant(plane, NAMESPACE), NAMESPACE, folder / "operator", Answers().url, "--poll-seconds=2")
         )
         process.wait_until_ready(120)
-        return converge(plane, objects, process, jobs) | restart(objects, process, jobs, restart_jobs, restart_pods)
+        programs_of = {name: component.pid for name, component in (*plane.components.items(), ("kwok", kwok.component))}
+        found = converge(plane, objects, process, jobs, programs_of)
+        if restart_jobs:
+            found |= restart(objects, process, jobs, restart_jobs, restart_pods)
+    return found
 
 
-def converge(plane: ControlPlane, objects: Objects, process: OperatorProcess, jobs: int) -> dict[str, float]:
+def converge(
+    plane: ControlPlane, objects: Objects, process: OperatorProcess, jobs: int, programs_of: dict[str, int]
+) -> dict[str, float]:
     """Many jobs at once, until each of them runs."""
     found: dict[str, float] = {}
+    assert process.process
+    programs_of = {**programs_of, "the operator": process.process.pid}
+    used = {name: processor_seconds(pid) for name, pid in programs_of.items()}
     began = time.monotonic()
     objects.create(_JOBS, [job(number) for number in range(jobs)])
     found["jobs created"] = time.monotonic() - began
@@ -200,6 +237,11 @@ def converge(plane: ControlPlane, objects: Objects, process: OperatorProcess, jo
     found[f"children of {jobs:,} jobs applied"] = time.monotonic() - began
     wait(lambda: running(process) >= jobs, 1200)
     found[f"{jobs:,} jobs converged"] = time.monotonic() - began
+    for name, pid in programs_of.items():
+        found[f"  processor seconds of {name}"] = processor_seconds(pid) - used[name]
+    found["  share of this machine's processors in use"] = sum(
+        found[f"  processor seconds of {name}"] for name in programs_of
+    ) / ((time.monotonic() - began) * len(os.sched_getaffinity(0)))
     found["jobs that run"] = running(process)
     found["worker Jobs, duplicates included"] = objects.count(_CHILDREN)
     found[f"resident memory at {jobs:,} jobs"] = resident(process)
@@ -208,7 +250,61 @@ def converge(plane: ControlPlane, objects: Objects, process: OperatorProcess, jo
     found["passes a job"] = metrics["sonoforge_reconcile_seconds_count"] / jobs
     writes = plane.writes(f"system:serviceaccount:{NAMESPACE}:sonoforge-operator")
     found["API writes a job, to converge"] = sum(writes.values()) / jobs
+    for (verb, resource), count in sorted(writes.items()):
+        found[f"  {verb} {resource}"] = count / jobs
+    found[f"the same children of {jobs:,} jobs by a bare loop"] = bare(plane, objects, process)
     return found
+
+
+def bare(plane: ControlPlane, objects: Objects, process: OperatorProcess) -> float:
+    """Seconds in which a loop that decides nothing applies the same children, while the operator is away."""
+    process.terminate()
+    made = {plural: objects.of_operator(f"{api}/namespaces/{NAMESPACE}/{plural}") for plural, api in _APPLIED.items()}
+    plane.kubectl("create", "namespace", _BARE)
+    wanted = []
+    for plural, found in made.items():
+        for manifest in found:
+            path = f"{_APPLIED[plural]}/namespaces/{_BARE}/{plural}/{manifest['metadata']['name']}"
+            wanted.append((f"{path}?fieldManager=bare&force=true", applied(manifest)))
+    wanted.sort(key=lambda each: each[1]["metadata"]["labels"]["sonoforge.dev/job"])  # job by job, as the operator does
+    began = time.monotonic()
+    objects.apply(wanted)
+    seconds = time.monotonic() - began
+    process.start()
+    process.wait_until_ready(120)
+    return seconds
+
+
+def applied(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the operator applied to get an object: what it owns of the fields that are there, in another namespace."""
+    entry = next(e for e in manifest["metadata"]["managedFields"] if e.get("operation") == "Apply")
+    owned: dict[str, Any] = select(manifest, entry["fieldsV1"])
+    owned["metadata"] = {**owned["metadata"], "name": manifest["metadata"]["name"], "namespace": _BARE}
+    owned["metadata"].pop("ownerReferences", None)
+    return {"apiVersion": manifest["apiVersion"], "kind": manifest["kind"], **owned}
+
+
+def select(value: Any, fields: dict[str, Any]) -> Any:
+    """The part of a value that a set of managed fields names (the format FieldsV1 of Kubernetes)."""
+    fields = {key: inner for key, inner in fields.items() if key != "."}
+    if not fields or not isinstance(value, (dict, list)):
+        return value
+    if isinstance(value, dict):
+        return {key[2:]: select(value[key[2:]], inner) for key, inner in fields.items() if key[2:] in value}
+    chosen = []
+    for key, inner in fields.items():
+        if key.startswith("k:"):
+            wanted = json.loads(key[2:])
+            chosen += [select(v, inner) for v in value if all(v.get(k) == w for k, w in wanted.items())]
+        elif key.startswith("v:"):
+            chosen.append(json.loads(key[2:]))
+    return chosen
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time that a process used so far."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def restart(
