@@ -23,9 +23,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from audit import Logs, epoch_faults, event_faults, log_faults, read_logs
@@ -127,6 +128,12 @@ class LocalRun:
         self.job = job
         self.state = job.parent / "state" / job.stem
         self.runner = self._start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def _start(self) -> subprocess.Popen[bytes]:
         with (self.state / "runner.log").open("ab") as log:
@@ -351,12 +358,14 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--nodes", type=int, default=2)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="sonoforge-chaos-") as name:
-        folder = Path(name)
+    with ExitStack() as exits:
+        folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="sonoforge-chaos-")))
         make_data(folder)
-        calm = LocalRun(write_job(folder, "calm", steps=options.steps, nodes=1, every=options.every))
+        job = write_job(folder, "calm", steps=options.steps, nodes=1, every=options.every)
+        calm = exits.enter_context(LocalRun(job))
         calm.finish(3600)
-        wild = LocalRun(write_job(folder, "wild", steps=options.steps, nodes=options.nodes, every=options.every))
+        job = write_job(folder, "wild", steps=options.steps, nodes=options.nodes, every=options.every)
+        wild = exits.enter_context(LocalRun(job))
         kills = disturb(wild, kills=options.kills, seed=options.seed)
         wild.finish(3600)
         one, other = calm.outcome(), wild.outcome(kills)
