@@ -114,6 +114,9 @@ def test_a_job_is_suspended_resumed_and_resized_and_goes_on_from_its_newest_chec
     person.wait_for_phase("fetal", "Succeeded", 90)
     assert person.status("fetal")["restarts"] == {}, "none of this was a failure"
     assert person.played.errors == []
+    noted = person.get("pj", "fetal", "--show-managed-fields")["metadata"]["managedFields"]
+    assert {"kubectl-sonoforge", "sonoforge"} <= {entry["manager"] for entry in noted}
+    assert ["status"] == [e.get("subresource", "") for e in noted if e["manager"] == "sonoforge"], "no wish is its own"
 
 
 def test_status_tells_what_a_job_did(person):

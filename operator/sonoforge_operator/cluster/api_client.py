@@ -95,8 +95,9 @@ class NotFoundError(ApiError):
 class Api:
     """A connection to the API server. Every method raises ApiError."""
 
-    def __init__(self, configuration: Configuration, *, timeout_seconds: float = 30.0) -> None:
+    def __init__(self, configuration: Configuration, *, manager: str = MANAGER, timeout_seconds: float = 30.0) -> None:
         self._client = ApiClient(configuration)
+        self._manager = manager
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self.writes = 0
         """Requests that change something, since the start."""
@@ -104,8 +105,11 @@ class Api:
         """Asked before each of them; where it says no, nothing is sent."""
 
     @classmethod
-    async def connect(cls, kubeconfig: str | None = None, context: str | None = None) -> Self:
-        """Connect with a kubeconfig file, or with the service account of the pod where none is given."""
+    async def connect(cls, kubeconfig: str | None = None, context: str | None = None, manager: str = MANAGER) -> Self:
+        """Connect with a kubeconfig file, or with the service account of the pod where none is given.
+
+        `manager` is who is noted as the owner of the fields that are written.
+        """
         configuration = Configuration()
         if kubeconfig:
             await kube_config.load_kube_config(  # type: ignore[no-untyped-call]
@@ -115,7 +119,7 @@ class Api:
             kube_config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         configuration.connection_pool_maxsize = 32
         configuration.retries = None
-        return cls(configuration)
+        return cls(configuration, manager=manager)
 
     async def __aenter__(self) -> Self:
         return self
@@ -132,10 +136,14 @@ class Api:
         return await self._request("GET", kind.path(namespace, name))
 
     async def list(
-        self, kind: Kind, namespace: str | None, *, selector: str = "", metadata_only: bool = False
+        self, kind: Kind, namespace: str | None, *, selector: str = "", fields: str = "", metadata_only: bool = False
     ) -> AsyncIterator[Manifest]:
-        """Objects of a namespace (None: of all), in pages. With `metadata_only`, nothing but their metadata."""
-        query = {"limit": str(_PAGE), **({"labelSelector": selector} if selector else {})}
+        """Objects of a namespace (None: of all), in pages, by their labels and fields.
+
+        With `metadata_only`, nothing but their metadata.
+        """
+        wanted = {"labelSelector": selector, "fieldSelector": fields}
+        query = {"limit": str(_PAGE), **{name: value for name, value in wanted.items() if value}}
         while True:
             accept = _METADATA if metadata_only else "application/json"
             page = await self._request("GET", kind.path(namespace), query=query, accept=accept)
@@ -161,7 +169,7 @@ class Api:
         return await self._request(
             "PATCH",
             kind.path(metadata["namespace"], metadata["name"]),
-            query={"fieldManager": MANAGER, "force": "true"},
+            query={"fieldManager": self._manager, "force": "true"},
             body=manifest,
             content="application/apply-patch+yaml",
         )
@@ -169,13 +177,13 @@ class Api:
     async def create(self, manifest: Manifest) -> Manifest:
         """Make an object that is not there yet. Raises ConflictError where it is."""
         kind, namespace = KINDS[manifest["kind"]], manifest["metadata"]["namespace"]
-        return await self._request("POST", kind.path(namespace), query={"fieldManager": MANAGER}, body=manifest)
+        return await self._request("POST", kind.path(namespace), query={"fieldManager": self._manager}, body=manifest)
 
     async def merge(self, kind: Kind, namespace: str, name: str, changes: Manifest) -> Manifest:
         """Change some fields of an object."""
         path = kind.path(namespace, name)
         content = "application/merge-patch+json"
-        return await self._request("PATCH", path, query={"fieldManager": MANAGER}, body=changes, content=content)
+        return await self._request("PATCH", path, query={"fieldManager": self._manager}, body=changes, content=content)
 
     async def put_status(self, kind: Kind, seen: Mapping[str, Any], status: Manifest) -> Manifest:
         """Replace the status of an object, unless it changed since it was `seen`: then ConflictError."""
@@ -187,7 +195,9 @@ class Api:
         ]
         path = kind.path(metadata["namespace"], metadata["name"], "status")
         content = "application/json-patch+json"
-        return await self._request("PATCH", path, query={"fieldManager": MANAGER}, body=operations, content=content)
+        return await self._request(
+            "PATCH", path, query={"fieldManager": self._manager}, body=operations, content=content
+        )
 
     async def delete(
         self,
@@ -214,7 +224,7 @@ class Api:
         """Replace an object, unless it changed since it was read: then ConflictError."""
         kind, metadata = KINDS[manifest["kind"]], manifest["metadata"]
         path = kind.path(metadata["namespace"], metadata["name"])
-        return await self._request("PUT", path, query={"fieldManager": MANAGER}, body=manifest)
+        return await self._request("PUT", path, query={"fieldManager": self._manager}, body=manifest)
 
     # --- the wire -----------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ from sonoforge_operator.cluster.names import LABEL_ATTEMPT, LABEL_INDEX, LABEL_P
 
 Document = Mapping[str, Any]
 
+_MANAGER = "kubectl-sonoforge"
+"""Owner of the fields that a person changes with it, so that nobody takes them for the operator's."""
 _ADVICE = {
     "Unschedulable": "no node has room: free GPUs, lower workers.minNodes, or look at the runtime's nodeSelector",
     "ImagePull": "the image cannot be pulled: check spec.images of the runtime and its pull secrets",
@@ -133,7 +135,7 @@ def logs(place: Place, job: str, rank: int | None, attempt: int | None, tail: in
     if not pods:
         raise click.ClickException(f"attempt {wanted} of {job} has no pods (any more)")
     for pod in sorted(pods, key=lambda p: (int(_index(p) or 0), p["metadata"]["creationTimestamp"])):
-        for line in _log_of(place, pod["metadata"]["name"], tail).splitlines():
+        for line in _log_of(place, pod["metadata"]["name"], tail):
             if rank is None or _rank(line) == rank:
                 click.echo(f"{_index(pod)} {line}")
 
@@ -148,7 +150,7 @@ def resize(place: Place, job: str, min_nodes: int | None, max_nodes: int | None)
     wanted = {name: value for name, value in (("minNodes", min_nodes), ("maxNodes", max_nodes)) if value is not None}
     if not wanted:
         raise click.UsageError("give --min, --max or both")
-    _run(place, lambda api: api.merge(JOBS, place.namespace, job, {"spec": {"workers": wanted}}))
+    _change(place, job, {"workers": wanted})
     click.echo(f"{job}: " + ", ".join(f"{name} {value}" for name, value in wanted.items()))
 
 
@@ -157,7 +159,7 @@ def resize(place: Place, job: str, min_nodes: int | None, max_nodes: int | None)
 @click.pass_obj
 def suspend(place: Place, job: str) -> None:
     """Have a job save a checkpoint and release its nodes."""
-    _run(place, lambda api: api.merge(JOBS, place.namespace, job, {"spec": {"suspend": True}}))
+    _change(place, job, {"suspend": True})
     click.echo(f"{job}: suspended; `kubectl sonoforge resume {job}` goes on from the newest checkpoint")
 
 
@@ -166,7 +168,7 @@ def suspend(place: Place, job: str) -> None:
 @click.pass_obj
 def resume(place: Place, job: str) -> None:
     """Have a suspended job go on from its newest checkpoint."""
-    _run(place, lambda api: api.merge(JOBS, place.namespace, job, {"spec": {"suspend": False}}))
+    _change(place, job, {"suspend": False})
     click.echo(f"{job}: resumed")
 
 
@@ -192,13 +194,9 @@ def why(place: Place, job: str) -> None:
             if evaluation.get("phase") == "Failed":
                 what = f"evaluation {evaluation.get('name')} of {checkpoint['spec'].get('id')}"
                 click.echo(f"{what} failed: {evaluation.get('reason')}")
-    events = _run(place, lambda api: _all(api, EVENTS, place.namespace, ""))
-    mine = [
-        event
-        for event in events
-        if event.get("type") == "Warning" and event["involvedObject"].get("uid") == manifest["metadata"]["uid"]
-    ]
-    for event in sorted(mine, key=lambda event: str(event.get("lastTimestamp")))[-5:]:
+    about = f"type=Warning,involvedObject.uid={manifest['metadata']['uid']}"
+    events = _run(place, lambda api: _all(api, EVENTS, place.namespace, fields=about))
+    for event in sorted(events, key=lambda event: str(event.get("lastTimestamp")))[-5:]:
         times = f" ({event['count']} times)" if event.get("count", 1) > 1 else ""
         click.echo(f"{event.get('lastTimestamp')} {event.get('reason')}: {event.get('message')}{times}")
 
@@ -208,7 +206,7 @@ def why(place: Place, job: str) -> None:
 
 def _run(place: Place, call: Callable[[Api], Awaitable[Any]]) -> Any:
     async def connected() -> Any:
-        async with await Api.connect(place.kubeconfig, place.context) as api:
+        async with await Api.connect(place.kubeconfig, place.context, _MANAGER) as api:
             return await call(api)
 
     try:
@@ -221,12 +219,29 @@ def _run(place: Place, call: Callable[[Api], Awaitable[Any]]) -> Any:
         raise click.ClickException(str(error)) from None
 
 
-def _log_of(place: Place, pod: str, tail: int) -> str:
-    return str(_run(place, lambda api: api.logs(place.namespace, pod, tail=tail)))
+def _change(place: Place, job: str, spec: Manifest) -> None:
+    _run(place, lambda api: api.merge(JOBS, place.namespace, job, {"spec": spec}))
 
 
-async def _all(api: Api, kind: Kind, namespace: str, selector: str) -> list[Manifest]:
-    return [found async for found in api.list(kind, namespace, selector=selector)]
+def _log_of(place: Place, pod: str, tail: int) -> list[str]:
+    """Lines of a pod. One that has not started has none, and says so instead of hiding the others'."""
+
+    async def read(api: Api) -> list[str]:
+        try:
+            return (await api.logs(place.namespace, pod, tail=tail)).splitlines()
+        except ApiError as error:
+            if error.status != 400:  # the kubelet has no log of it yet
+                raise
+            return []
+
+    found: list[str] = _run(place, read)
+    if not found:
+        click.echo(f"{pod}: has not written anything", err=True)
+    return found
+
+
+async def _all(api: Api, kind: Kind, namespace: str, selector: str = "", fields: str = "") -> list[Manifest]:
+    return [found async for found in api.list(kind, namespace, selector=selector, fields=fields)]
 
 
 def _namespace_of(file: str, context: str | None) -> str:
