@@ -116,7 +116,7 @@ def test_a_job_is_suspended_resumed_and_resized_and_goes_on_from_its_newest_chec
     assert person.played.errors == []
     noted = person.get("pj", "fetal", "--show-managed-fields")["metadata"]["managedFields"]
     assert {"kubectl-sonoforge", "sonoforge"} <= {entry["manager"] for entry in noted}
-    assert ["status"] == [e.get("subresource", "") for e in noted if e["manager"] == "sonoforge"], "no wish is its own"
+    assert [e.get("subresource", "") for e in noted if e["manager"] == "sonoforge"] == ["status"], "no wish is its own"
 
 
 def test_status_tells_what_a_job_did(person):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -87,9 +87,14 @@ class Freshness:
                     self._store.remove(kind.name, gone)
 
     async def compare(self, kind: Kind) -> int:
-        """Compare what is known of a kind with what is there, and repair it. Returns the changes that were missed."""
+        """Compare what is known of a kind with what is there, and repair it. Returns the changes that were missed.
+
+        Nobody but the operator writes a standing object: one that is gone, or not as it was left, is applied again.
+        """
         behind = await self._behind(kind)
-        if behind and kind not in STANDING:
+        if kind in STANDING:
+            return self._give_up(kind, behind)
+        if behind:
             await asyncio.sleep(self._grace_seconds)  # a watch is allowed to be a little late
             behind = {place: known for place, known in (await self._behind(kind)).items() if behind.get(place) == known}
         for namespace, name in behind:
@@ -101,10 +106,21 @@ class Freshness:
                 found = self._store.get(kind.name, namespace, name)
                 if found is not None:
                     self._store.remove(kind.name, found)
-        if behind and kind not in STANDING:
+        if behind:
             self._metrics.missed_changes.labels(kind.name).inc(len(behind))
             log.warning("watch-missed-changes", kind=kind.name, count=len(behind))
         return len(behind)
+
+    def _give_up(self, kind: Kind, places: Iterable[tuple[str, str]]) -> int:
+        """Forget objects, and have their jobs looked at, which then apply them. Returns how many there were."""
+        count = 0
+        for namespace, name in places:
+            found = self._store.get(kind.name, namespace, name)
+            if found is not None:
+                self._changed(kind, Key(namespace, name))  # while it is still known whose it is
+                self._store.forget(kind.name, found)
+                count += 1
+        return count
 
     async def _behind(self, kind: Kind) -> dict[tuple[str, str], str | None]:
         """Where the memory is behind the server, with the version that is remembered (None: nothing)."""

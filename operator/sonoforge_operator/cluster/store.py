@@ -50,6 +50,13 @@ class Store:
         if len(self._gone) > 100_000:
             self._gone.pop(next(iter(self._gone)))
 
+    def forget(self, kind: str, manifest: Manifest) -> None:
+        """Know nothing of an object any more, whether it is there or not."""
+        place = _place(kind, manifest)
+        before = self._objects.pop(place, None)
+        if before is not None:
+            self._forget(place, before)
+
     def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
         """An object, where it is known."""
         return self._objects.get((kind, namespace, name))
