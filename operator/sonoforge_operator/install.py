@@ -109,6 +109,10 @@ def _network() -> Manifest:
     }
 
 
+def _of_pod(name: str, field: str) -> Manifest:
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": field}}}
+
+
 def _deployment(*, cluster_wide: bool) -> Manifest:
     release = version("sonoforge")
     probe = {"periodSeconds": 10, "timeoutSeconds": 5}
@@ -121,7 +125,7 @@ def _deployment(*, cluster_wide: bool) -> Manifest:
             f"--key-file={_KEY_FOLDER}/key",
             f"--image=sonoforge/trainer:{release}",
         ],
-        "env": [{"name": "POD_NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}}],
+        "env": [_of_pod("POD_NAMESPACE", "metadata.namespace"), _of_pod("POD_UID", "metadata.uid")],
         "ports": [{"name": "http", "containerPort": _PORT}],
         "livenessProbe": {"httpGet": {"path": "/healthz", "port": "http"}, **probe, "initialDelaySeconds": 30},
         "readinessProbe": {"httpGet": {"path": "/readyz", "port": "http"}, **probe},

@@ -115,6 +115,16 @@ def test_a_replica_that_is_killed_is_followed_once_its_lease_has_run_out(replica
     assert time.monotonic() - killed > LEASE - RENEW, "it took a Lease that still held"
 
 
+def test_a_container_that_is_killed_and_started_again_in_its_pod_does_not_wait_for_its_own_lease(replicas):
+    operator = replicas.make("only")
+    operator.start(POD_UID="pod-1")
+    operator.wait_until_ready()
+    operator.kill()
+    operator.start(POD_UID="pod-1")
+    operator.wait_until_ready()
+    assert (replicas.holder(), replicas.lease()["leaseTransitions"]) == ("pod-1", 0), "it waited until it ran out"
+
+
 @pytest.mark.parametrize(
     "fault", [{"refuse": {503: 1.0}, "only": OF_THE_LEASE}, {"hold": OF_THE_LEASE}], ids=["refused", "unanswered"]
 )

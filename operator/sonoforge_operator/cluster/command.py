@@ -79,6 +79,9 @@ class Options:
 @click.option("--namespace", "namespaces", multiple=True, metavar="NAME", help="Serve this namespace; may be repeated.")
 @click.option("--all-namespaces", is_flag=True, help="Serve every namespace (needs cluster-wide rights).")
 @click.option("--own-namespace", envvar="POD_NAMESPACE", help="Namespace of the Lease; default: the pod's.")
+@click.option(
+    "--identity", envvar="POD_UID", default="", help="Name of this replica in the Lease, kept by a restarted container."
+)
 @click.option("--kubeconfig", envvar="KUBECONFIG", help="Connection file; default: the pod's service account.")
 @click.option("--image", envvar="SONOFORGE_TRAINER_IMAGE", default="", help="Trainer image where a runtime names none.")
 @click.option(
@@ -111,6 +114,7 @@ def command(
     namespaces: tuple[str, ...],
     all_namespaces: bool,
     own_namespace: str | None,
+    identity: str,
     kubeconfig: str | None,
     image: str,
     key_file: Path | None,
@@ -148,7 +152,8 @@ def command(
         stale_seconds=stale_seconds,
         stuck_seconds=stuck_seconds,
         timing=timing,
-        identity=f"{socket.gethostname()}-{secrets.token_hex(4)}",
+        # A pod has one operator at a time, so that the next container of it need not wait until its Lease runs out.
+        identity=identity or f"{socket.gethostname()}-{secrets.token_hex(4)}",
     )
     if kubeconfig:
         os.environ["KUBECONFIG"] = kubeconfig  # kopf connects by itself
