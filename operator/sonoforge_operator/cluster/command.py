@@ -36,7 +36,7 @@ from sonoforge_operator.cluster.store import Store, key_of
 log = structlog.get_logger(__name__)
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_WORKERS = 8
+_WORKERS = 4
 _COMPARE_SECONDS = 600.0
 _LOST = 70
 """Exit code of a replica that lost the Lease: whatever it was about to do, it does not do any more."""
