@@ -41,8 +41,8 @@ ROUNDING_STEPS, ROUNDING, GROWN = 400, 1e-5, 2e-3
 """Largest relative difference of the logged loss between two runs (fp32 on CPU): in the first steps, and in all.
 
 One process and two add the same numbers in another order. Undisturbed, that gives 1e-7 in the first 500 steps; then a
-nearest neighbour in KoLeo flips on a rounding, and the runs part by some 1e-4: 2.8e-4 was the most in 1,500 steps. Losses
-of different batches differ by some 1e-2."""
+nearest neighbour in KoLeo flips on a rounding, and the runs part by some 1e-4: 2.8e-4 was the most in 1,500 steps.
+Losses of different batches differ by some 1e-2."""
 
 JOB = """
 apiVersion: sonoforge.dev/v1alpha1
