@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from sonoforge_trainer.datasets.coco import CocoRule, coco
 from sonoforge_trainer.datasets.generic import generic, split_folders
 from sonoforge_trainer.datasets.importer import Importer
 from sonoforge_trainer.datasets.registry import IMPORTERS
@@ -23,7 +24,7 @@ from sonoforge_trainer.shards.options import (
     image_options,
     target_options,
 )
-from sonoforge_trainer.shards.sources import Columns, FolderRule, Row, read_csv, read_folder
+from sonoforge_trainer.shards.sources import SPLITS, Columns, FolderRule, Row, read_csv, read_folder
 from sonoforge_trainer.storage import Storage
 
 R = TypeVar("R")
@@ -193,6 +194,43 @@ def _folders(path: Path, patient_pattern: str, clip_pattern: str, **rest: Any) -
     rows = split_folders(read_folder(path, rule))
     _need_splits(rest["target"], rest["choice"], all(row.split for row in rows), "folders train, val and test, or ")
     _write("folders", lambda _root: rows, path, **rest)
+
+
+@_import.command("coco")
+@click.argument("files", metavar="[SPLIT=]JSON...", nargs=-1, required=True)
+@click.option("--images", "folder", type=_FOLDER, required=True, help="Folder that file_name is relative to.")
+@click.option("--label-from-category", is_flag=True, help="An image's label is its category, where it shows only one.")
+@click.option("--patient-pattern", default="", help="Regular expression in file_name; its group 1 is the patient.")
+@click.option("--clip-pattern", default="", help="The same for the clip.")
+@split_options
+@target_options
+@ends_with_exit_code
+def _coco(
+    files: tuple[str, ...],
+    folder: Path,
+    label_from_category: bool,
+    patient_pattern: str,
+    clip_pattern: str,
+    choice: SplitChoice,
+    private: Path | None,
+    target: Target,
+) -> None:
+    """Import COCO instance files: train=train.json val=val.json test=test.json, or one file and --splits.
+
+    Categories become mask values in the order of their ids, from 1; annotations are painted in the order of the file.
+    """
+    FolderRule(patient_pattern=patient_pattern, clip_pattern=clip_pattern)  # refuses what is no pattern
+    named = dict(_split_file(text) for text in files)
+    if len(named) < len(files):
+        raise SourceError("two COCO files are for the same split; join them, or name each one's split")
+    _need_splits(target, choice, "" not in named, "SPLIT=JSON for each file, ")
+    importer = coco(CocoRule(named, label_from_category, patient_pattern, clip_pattern), target.name)
+    import_set(importer, folder, choice, target, ImageRule(), private=private)
+
+
+def _split_file(text: str) -> tuple[str, Path]:
+    split, equals, file = text.partition("=")
+    return (split, Path(file)) if equals and split in SPLITS else ("", Path(text))
 
 
 def _need_splits(target: Target, choice: SplitChoice, has_splits: bool, other: str) -> None:

@@ -121,6 +121,7 @@ def _split(
         rule = f"drawn by {what}: {shares}; seed {plan.seed}"
     else:
         records, rule = importer.split.apply(records, groups, plan.seed), importer.split.sentence
+        rule += f"; seed {plan.seed}"
     if plan.validation:
         if any(record.row.split == "val" for record in records):
             raise SourceError("the source has a val split already; leave out --validation")

@@ -224,8 +224,8 @@ def read_folder(root: Path, rule: FolderRule) -> list[Row]:
                 file_location(file),
                 file_location(mask) if mask else None,
                 label=path.parts[0] if rule.label_from_folder else "",
-                patient=_group(rule.patient_pattern, reference, number, "--patient-pattern"),
-                clip=_group(rule.clip_pattern, reference, number, "--clip-pattern"),
+                patient=named_group(rule.patient_pattern, reference, number, "--patient-pattern"),
+                clip=named_group(rule.clip_pattern, reference, number, "--clip-pattern"),
             )
         )
     if unmasked:
@@ -343,7 +343,8 @@ def _images_by_stem(root: Path) -> dict[str, Path]:
     return {str(PurePosixPath(reference).with_suffix("")): file for reference, file in _images(root)}
 
 
-def _group(pattern: str, text: str, number: int, option: str) -> str:
+def named_group(pattern: str, text: str, number: int, option: str) -> str:
+    """Group 1 of a pattern in a path; empty without a pattern. Raises SourceError where it does not fit."""
     if not pattern:
         return ""
     match = re.search(pattern, text)
