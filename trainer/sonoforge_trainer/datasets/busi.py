@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from sonoforge_trainer.datasets.findings import Check
-from sonoforge_trainer.datasets.importer import About, Importer, Source, find
+from sonoforge_trainer.datasets.importer import About, Importer, Source, files, find
 from sonoforge_trainer.datasets.masks import UnionMask
 from sonoforge_trainer.datasets.record import ImageFile, Record, RecordList
 from sonoforge_trainer.datasets.splits import impossible
@@ -35,7 +35,7 @@ def read(source: Source) -> list[Record]:
         if not folder.is_dir():
             raise SourceError(f"PATH: found benign without {name} beside it; give the folder of the unpacked download")
         masks = _masks(folder)
-        images = sorted(path for path in folder.glob("*.png") if _MASK.fullmatch(path.stem) is None)
+        images = [path for path in files(folder, ".png") if _MASK.fullmatch(path.stem) is None]
         for image in images:
             mine = masks.pop(image.stem, ())
             source.findings.add("several-masks", int(len(mine) > 1))
@@ -55,7 +55,7 @@ def read(source: Source) -> list[Record]:
 def _masks(folder: Path) -> dict[str, tuple[Path, ...]]:
     """Masks by the name of their image: `benign (4)_mask.png`, `benign (4)_mask_1.png`."""
     masks: dict[str, tuple[Path, ...]] = {}
-    for path in sorted(folder.glob("*.png")):
+    for path in files(folder, ".png"):
         match = _MASK.fullmatch(path.stem)
         if match:
             masks[match.group(1)] = (*masks.get(match.group(1), ()), path)

@@ -11,7 +11,7 @@ import numpy as np
 
 from sonoforge_trainer.datasets.findings import Check
 from sonoforge_trainer.datasets.formats.objectarray import read_dictionary
-from sonoforge_trainer.datasets.importer import About, Importer, Source, find
+from sonoforge_trainer.datasets.importer import About, Importer, Source, files, find
 from sonoforge_trainer.datasets.masks import as_png
 from sonoforge_trainer.datasets.record import Indices, MaskPixels, Record, RecordList
 from sonoforge_trainer.datasets.splits import by_group
@@ -89,7 +89,7 @@ def read(source: Source) -> list[Record]:
     """One record a file of ARRAY_FORMAT. Raises SourceError."""
     folder = find(source.root, FOLDER)
     found = RecordList()
-    for number, path in enumerate(sorted(folder.glob("*.npy")), 1):
+    for number, path in enumerate(files(folder, ".npy"), 1):
         match = _NAME.fullmatch(path.stem)
         if match is None:
             raise SourceError(f"{FOLDER}: file {number}: allowed: names like P01_IMG1.npy; P01 is the patient")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sonoforge_trainer.datasets.findings import Check
-from sonoforge_trainer.datasets.importer import About, Importer, Source, find
+from sonoforge_trainer.datasets.importer import About, Importer, Source, files, find
 from sonoforge_trainer.datasets.record import ImageFile, Record, RecordList
 from sonoforge_trainer.datasets.splits import SplitRule, draw_exactly, draw_validation
 from sonoforge_trainer.datasets.tables import plain_name, read_table, strange_spaces
@@ -57,7 +57,7 @@ def read(source: Source) -> list[Record]:
     findings.add("rows-twice", len(table.rows) - len({row["Image_name"] for row in table.rows}))
     findings.add("patient-name", sum(_numbers_differ(row) for row in table.rows))
     named = {row["Image_name"] + ".png" for row in table.rows}
-    findings.add("not-in-table", len({path.name for path in folder.glob("*.png")} - named))
+    findings.add("not-in-table", len({path.name for path in files(folder, ".png")} - named))
     return _unique(found.records)
 
 

@@ -81,3 +81,8 @@ def find(root: Path, name: str, kind: Literal["file", "folder"] = "folder") -> P
     if len(near) > 1:
         raise SourceError(f"PATH: found {len(near)} {kind}s {name} below it; give the folder of one copy")
     return near[0]
+
+
+def files(folder: Path, suffix: str) -> list[Path]:
+    """Files of a folder with this ending, in the order of their names, without hidden ones such as ._NAME of macOS."""
+    return sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sonoforge_trainer.datasets.findings import Check
-from sonoforge_trainer.datasets.importer import About, Importer, Source, find
+from sonoforge_trainer.datasets.importer import About, Importer, Source, files, find
 from sonoforge_trainer.datasets.masks import channel, renamed
 from sonoforge_trainer.datasets.record import ImageFile, MaskPixels, Record, RecordList
 from sonoforge_trainer.datasets.splits import by_group
@@ -58,7 +58,7 @@ def read(source: Source) -> list[Record]:
     found = RecordList()
     for video in sorted(path for path in root.iterdir() if (path / "image").is_dir()):
         labels = _labels(video)
-        for image in sorted((video / "image").glob("*.png")):
+        for image in files(video / "image", ".png"):
             frame = image.stem.removeprefix(f"{video.name}_")
             mask = video / "mask" / f"{image.stem}_mask.png"
             label = labels.get(frame, "")

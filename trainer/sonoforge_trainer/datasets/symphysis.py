@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from sonoforge_trainer.datasets.findings import Check
-from sonoforge_trainer.datasets.importer import About, Importer, Source, find
+from sonoforge_trainer.datasets.importer import About, Importer, Source, files, find
 from sonoforge_trainer.datasets.record import Record, RecordList
 from sonoforge_trainer.datasets.splits import impossible
 from sonoforge_trainer.datasets.volumes import MhaImage, MhaMask
@@ -40,11 +40,11 @@ def read(source: Source, images: int) -> list[Record]:
     if not masks.is_dir():
         raise SourceError("PATH: found image_mha without label_mha beside it; give the folder of the unpacked download")
     found = RecordList()
-    for image in sorted(folder.glob("*.mha")):
+    for image in files(folder, ".mha"):
         mask = masks / image.name
         found.add(f"image_mha/{image.name}", MhaImage(image), [image, mask], MhaMask(mask, len(_CLASSES)))
-    names = {path.name for path in folder.glob("*.mha")}
-    source.findings.add("orphans", len({path.name for path in masks.glob("*.mha")} - names))
+    names = {path.name for path in files(folder, ".mha")}
+    source.findings.add("orphans", len({path.name for path in files(masks, ".mha")} - names))
     source.findings.add("count", abs(len(names) - images))
     return found.records
 
