@@ -13,6 +13,7 @@ import pytest
 from tests.shards.conftest import (  # noqa: F401 - fixtures
     _own_configuration,
     call,
+    contents,
     encoded,
     folder,
     real,

@@ -67,13 +67,14 @@ def test_a_table_with_the_published_marginals_gets_the_published_split_counts(tm
 def test_the_split_is_the_same_for_ever_and_another_seed_draws_other_patients(tmp_path: Path) -> None:
     root = published_marginals(tmp_path, 0)
     chosen = [
-        sorted(int(r.row.patient) for r in split_of(root, seed)[0] if r.row.split == "val")[:8] for seed in (0, 0, 1)
+        sorted({int(r.row.patient) for r in split_of(root, seed)[0] if r.row.split == "val"})[:8] for seed in (0, 0, 1)
     ]
     assert chosen[0] == chosen[1] == FIRST_OF_SEED_0
     assert chosen[0] != chosen[2]
 
 
-FIRST_OF_SEED_0: list[int] = []
+FIRST_OF_SEED_0 = [1, 3, 6, 18, 29, 32, 35, 39]
+"""The first val patients of the made-up table of seed 0."""
 
 
 def test_an_exact_draw_is_exact_or_refused() -> None:

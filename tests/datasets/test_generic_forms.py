@@ -217,12 +217,14 @@ def test_the_list_names_every_set_with_its_licence(call: Callable[..., Any]) -> 
     assert "Mask values are 0 background, 1 left ventricle" in helps
 
 
-def test_an_import_that_is_repeated_changes_nothing(tmp_path: Path, imported: Import) -> None:
+def test_an_import_that_is_repeated_changes_nothing(
+    tmp_path: Path, imported: Import, contents: Callable[[Path], dict[str, bytes]]
+) -> None:
     root = classes(tmp_path / "set")
     options = ("--splits", "0.5,0.2,0.3", "--patient-pattern", r"/(P\d)_")
     first = imported("folders", root, *options)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    files = contents(tmp_path / "out")
     again = imported("folders", root, *options)
     assert "Nothing to do: this data set was finished before" in again.output
     assert first.card == again.card
-    assert files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert files == contents(tmp_path / "out")

@@ -60,19 +60,26 @@ def _inside(outline: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     """Pixels of one annotation, [height, width]. Raises ImageError."""
     try:
         if isinstance(outline, list):
-            whole = np.zeros(size[::-1], np.bool_)
-            for points in outline:
-                if len(points) < 6 or len(points) % 2:
-                    raise ImageError("an annotation has an outline of fewer than three points")
-                whole |= polygon([float(value) for value in points], size)
-            return whole
-        height, width = outline["size"]
-        if (width, height) != size:
-            raise ImageError("an annotation's run lengths are of another size than the image")
-        counts = outline["counts"]
-        return _runs(_counts(counts) if isinstance(counts, str) else counts, size)
+            return _polygons([[float(value) for value in points] for points in outline], size)
+        (height, width), counts = outline["size"], outline["counts"]
+        lengths = _counts(counts) if isinstance(counts, str) else [int(count) for count in counts]
+    except ImageError:
+        raise
     except (TypeError, KeyError, ValueError):
         raise ImageError("an annotation has neither polygons nor run lengths") from None
+    if (width, height) != size:
+        raise ImageError("an annotation's run lengths are of another size than the image")
+    return _runs(lengths, size)
+
+
+def _polygons(outlines: Sequence[list[float]], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Pixels of any of the polygons."""
+    if any(len(points) < 6 or len(points) % 2 for points in outlines):
+        raise ImageError("an annotation has an outline of fewer than three points")
+    whole = np.zeros(size[::-1], np.bool_)
+    for points in outlines:
+        whole |= polygon(points, size)
+    return whole
 
 
 def _runs(counts: Sequence[int], size: tuple[int, int]) -> NDArray[np.bool_]:

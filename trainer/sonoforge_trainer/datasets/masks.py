@@ -113,7 +113,7 @@ class OutlineMask:
         if filled.sum() <= 2 * line.sum():
             if ellipse is None:
                 raise ImageError("the outline is open and no ellipse fits it")
-            filled = _drawn(ellipse, line.shape)
+            filled = _drawn(ellipse, line.shape) | line
             notes.append("outline-open")
         return MaskPixels(filled.astype(np.uint8), tuple(notes))
 
