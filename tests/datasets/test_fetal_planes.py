@@ -110,7 +110,7 @@ def test_a_copy_of_the_download_becomes_an_evaluation_set(tmp_path: Path, import
     assert len({s.fields["patient"] for s in found.samples}) == 7
     assert found.manifest.licence == "CC BY 4.0"
     assert "Burgos-Artizzu" in found.manifest.citation
-    assert found.found == {"header-space": 1, "rows": 12400 - 11, "alpha": 11}
+    assert found.found == {"header-space": 1, "rows": 12400 - 11, "alpha": 11, "class-missing": 9}
     assert found.card["splits"]["test"] == {
         "samples": 3,
         "patients": 2,

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from layouts import png, speckle, table
 
+from sonoforge_trainer.contract import Evaluation
 from sonoforge_trainer.datasets.cli import command
 from sonoforge_trainer.datasets.registry import IMPORTERS
+from sonoforge_trainer.evaluate.dataset import scan, select
 from sonoforge_trainer.shards.images import decode
+from sonoforge_trainer.storage import Storage
 
 Import = Callable[..., Any]
 
@@ -32,7 +35,7 @@ def test_folders_of_classes_are_split_by_patient(tmp_path: Path, imported: Impor
     assert Counter(s.fields["label"] for s in found.samples) == {"a": 6, "b": 6}
     splits = {s.fields["patient"]: s.fields["split"] for s in found.samples}
     assert Counter(splits.values()) == {"train": 3, "val": 1, "test": 2}
-    assert found.found == {}
+    assert found.found == {"class-missing": 2}  # val has one patient, and so one class; so has train or test
     assert found.card["splitRule"] == "drawn by patient: 0.5 train, 0.2 val, 0.3 test; seed 0"
 
 
@@ -56,7 +59,10 @@ def test_folders_without_splits_are_refused(tmp_path: Path, refused: Callable[..
     )
 
 
-def test_a_picture_in_two_splits_is_kept_where_it_matters_most(tmp_path: Path, imported: Import) -> None:
+def test_a_picture_in_two_splits_is_kept_where_it_matters_most(
+    tmp_path: Path, imported: Import, storage: Storage
+) -> None:
+    """An evaluation, which refuses pictures in two splits, takes what is left."""
     for number, split in enumerate(("train", "val", "test")):
         classes(tmp_path / "set", split, 100 * number)
     source = (tmp_path / "set/test/a/P0_0.png").read_bytes()
@@ -70,6 +76,18 @@ def test_a_picture_in_two_splits_is_kept_where_it_matters_most(tmp_path: Path, i
         "val": 11,
         "test": 12,
     }
+    uri = (tmp_path / "out" / "shards.json").as_uri()
+    table_of = scan(found.manifest, uri, storage, lambda _row, _record, _image: None)
+    evaluation = Evaluation(name="folders", shards=uri, protocols=("knn",))
+    assert select(table_of, evaluation).counts == {"train": 10, "val": 11, "test": 12}
+
+
+def test_a_class_that_a_split_lacks_is_told(tmp_path: Path, imported: Import) -> None:
+    for number, split in enumerate(("train", "val", "test")):
+        classes(tmp_path / "set", split, 100 * number)
+    png(tmp_path / "set" / "train" / "rare" / "P9_0.png", speckle(999))
+    found = imported("folders", tmp_path / "set")
+    assert found.found == {"no-patient": 37, "class-missing": 2}
 
 
 POLYGON = [4, 4, 11, 4, 11, 9, 4, 9]
@@ -191,7 +209,7 @@ def test_a_table_is_checked_like_a_known_set(tmp_path: Path, imported: Import) -
     file = table(tmp_path / "set" / "list.csv", ("path", "plane", "who"), rows)
     options = ("--label-column", "plane", "--patient-column", "who", "--splits", "0.5,0.2,0.3")
     found = imported("csv", file, *options, "--licence", "CC0", "--citation", "Someone")
-    assert found.found == {"duplicates": 1, "duplicate-patients": 1, "duplicate-labels": 1}
+    assert found.found == {"duplicates": 1, "duplicate-patients": 1, "duplicate-labels": 1, "class-missing": 1}
     assert len(found.samples) == 8
     assert (found.card["licence"], found.card["citation"]) == ("CC0", "Someone")
 

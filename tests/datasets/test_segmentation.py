@@ -156,7 +156,14 @@ def test_values_7_and_8_become_classes_and_videos_stay_together(tmp_path: Path, 
     found = imported("jnu-ifm", jnu_ifm(tmp_path / "jnu"))
     assert masks_by(found)["symphysis and head"] == [{0: 768 - 116, 1: 16, 2: 100}] * 4
     assert masks_by(found)["symphysis only"] == [{0: 752, 1: 16}] * 4
-    assert found.found == {"renamed-values": 2, "label-mask": 2, "enhanced": 4, "no-patient": 12, "mask-empty": 4}
+    assert found.found == {
+        "renamed-values": 2,
+        "label-mask": 2,
+        "enhanced": 4,
+        "no-patient": 12,
+        "mask-empty": 4,
+        "class-missing": 3,
+    }
     videos: dict[int, set[str]] = {}
     for sample in found.samples:
         videos.setdefault(sample.fields["clip"], set()).add(sample.fields["split"])
@@ -356,6 +363,7 @@ def test_several_masks_are_joined_and_duplicates_are_told(tmp_path: Path, import
         "no-patient": 13,
         "duplicates": 1,
         "duplicate-labels": 1,
+        "class-missing": 3,
     }
     assert "is impossible" in found.card["splitRule"] or "no patients are known" in found.card["splitRule"]
 

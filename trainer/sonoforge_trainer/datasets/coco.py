@@ -15,7 +15,7 @@ from sonoforge_trainer.datasets.findings import Check
 from sonoforge_trainer.datasets.importer import About, Importer, Source
 from sonoforge_trainer.datasets.masks import polygon
 from sonoforge_trainer.datasets.record import ImageFile, MaskPixels, Record, RecordList
-from sonoforge_trainer.datasets.splits import SplitRule
+from sonoforge_trainer.datasets.splits import as_published
 from sonoforge_trainer.shards.faults import ImageError, SourceError
 from sonoforge_trainer.shards.sources import named_group
 
@@ -142,7 +142,7 @@ def coco(rule: CocoRule, title: str) -> Importer:
             raise SourceError("the COCO files name an image more than once")
         return found.records
 
-    return Importer(about, read, SplitRule("as the files say", lambda records, _groups, _seed: list(records)), CHECKS)
+    return Importer(about, read, as_published("as the files say"), CHECKS)
 
 
 def _read(

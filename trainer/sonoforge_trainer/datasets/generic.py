@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sonoforge_trainer.datasets.importer import About, Importer, Source
 from sonoforge_trainer.datasets.record import MaskPixels, Record
-from sonoforge_trainer.datasets.splits import SplitRule
+from sonoforge_trainer.datasets.splits import as_published
 from sonoforge_trainer.shards.images import MaskRule, mask_indices
 from sonoforge_trainer.shards.sources import SPLITS, Location, Row
 from sonoforge_trainer.storage import Storage
@@ -58,7 +58,7 @@ def generic(
     def read(source: Source) -> list[Record]:
         return records_of(rows(source.root), masks, storage)
 
-    return Importer(about, read, SplitRule("as the source says", lambda records, _groups, _seed: list(records)))
+    return Importer(about, read, as_published("as the source says"))
 
 
 def split_folders(rows: Sequence[Row]) -> list[Row]:

@@ -22,6 +22,8 @@ CHECKS = (
     ),
 )
 """What every set is checked for once splits are known."""
+MISSING = Check("class-missing", "warning", "times a class has no image in a split that others have images in")
+"""Told of the samples that are kept."""
 _RANK = {"test": 0, "val": 1, "train": 2}
 
 
@@ -47,6 +49,14 @@ def without_leaks(records: Sequence[Record], digests: Mapping[int, str], finding
             findings.add("duplicate-patients", _several(copies, lambda row: row.patient), names)
             findings.add("duplicate-labels", _several(copies, lambda row: row.label), names)
     return sorted(kept, key=lambda record: record.row.number)
+
+
+def count_missing_classes(records: Sequence[Record], findings: Findings) -> None:
+    """Count the pairs of a class and one of train, val and test that have no image, where the split has labels."""
+    labels = {record.row.label for record in records} - {""}
+    for split in _RANK:
+        mine = {record.row.label for record in records if record.row.split == split} - {""}
+        findings.add(MISSING.code, len(labels - mine) if mine else 0)
 
 
 def _pictures(records: Sequence[Record], digests: Mapping[int, str]) -> list[list[Record]]:

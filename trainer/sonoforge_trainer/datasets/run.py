@@ -53,13 +53,14 @@ def import_set(
 
     Raises SourceError, DataSetError, StorageError.
     """
-    findings = Findings((*importer.checks, *inspect.CHECKS, *leaks.CHECKS, _UNLISTED))
+    findings = Findings((*importer.checks, *inspect.CHECKS, *leaks.CHECKS, leaks.MISSING, _UNLISTED))
     with tempfile.TemporaryDirectory(prefix="sonoforge-import-") as scratch:
         records = importer.read(Source(root, Path(scratch), findings, target.rule.workers))
         _check_references(records)
         digests = inspect.inspect(records, findings, images, importer.look, target.rule.workers, _say_progress)
         records, rule = _split(importer, records, digests, choice, target.plan, findings)
         records = leaks.without_leaks(records, digests, findings)
+        leaks.count_missing_classes(records, findings)
         masked = frozenset(record.row.number for record in records if record.mask is not None)
         rows = [record.row for record in records]
         click.echo("\n".join(lines(importer.about, rule, count_splits(rows, masked), findings.all())))
@@ -121,7 +122,7 @@ def _split(
         rule = f"drawn by {what}: {shares}; seed {plan.seed}"
     else:
         records, rule = importer.split.apply(records, groups, plan.seed), importer.split.sentence
-        rule += f"; seed {plan.seed}"
+        rule += f"; seed {plan.seed}" * importer.split.drawn
     if plan.validation:
         if any(record.row.split == "val" for record in records):
             raise SourceError("the source has a val split already; leave out --validation")

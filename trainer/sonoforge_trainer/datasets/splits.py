@@ -30,11 +30,13 @@ class SplitRule:
     """(records, group of each reference, seed) to records with splits; None where there is no honest rule."""
     advice: str = ""
     """What to do where there is none."""
+    drawn: bool = True
+    """Whether the seed decides."""
 
 
 def as_published(sentence: str) -> SplitRule:
     """Splits are in the records already."""
-    return SplitRule(sentence, lambda records, _groups, _seed: list(records))
+    return SplitRule(sentence, lambda records, _groups, _seed: list(records), drawn=False)
 
 
 def by_group(sentence: str, fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)) -> SplitRule:
