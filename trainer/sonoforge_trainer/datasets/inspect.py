@@ -33,8 +33,13 @@ class Look:
 
     digest: str
     """SHA-256 of the pixels, whatever file they are kept in; empty where they cannot be read."""
+    size: tuple[int, int]
+    """(height, width); (0, 0) where it cannot be read."""
     codes: tuple[str, ...]
     """Checks that it trips."""
+
+
+_UNREADABLE = Look("", (0, 0), ("unreadable",))
 
 
 def inspect(
@@ -44,18 +49,18 @@ def inspect(
     further: Callable[[Record, NDArray[np.uint8]], tuple[str, ...]] | None = None,
     workers: int = 1,
     progress: Callable[[int], None] = lambda _done: None,
-) -> dict[int, str]:
-    """The pixel digest of every readable sample, by row number; findings are counted. `progress` gets their number."""
-    digests = {}
+) -> dict[int, Look]:
+    """What every readable sample shows, by row number; findings are counted. `progress` gets their number."""
+    seen = {}
     with ThreadPoolExecutor(workers, thread_name_prefix="inspect") as pool:
         looks = pool.map(lambda record: _look(record, rule, further), records)
         for done, (record, look) in enumerate(zip(records, looks, strict=True), 1):
             for code in look.codes:
                 findings.add(code, references=(record.row.reference,))
             if look.digest:
-                digests[record.row.number] = look.digest
+                seen[record.row.number] = look
             progress(done)
-    return digests
+    return seen
 
 
 def _look(
@@ -76,10 +81,10 @@ def _look(
             mask = record.mask.read()
             codes += mask.notes
             if mask.indices.shape != pixels.shape[:2]:
-                return Look("", ("unreadable",))
+                return _UNREADABLE
             if not mask.indices.any():
                 codes.append("mask-empty")
     except ImageError:
-        return Look("", ("unreadable",))  # the builder tells why, and stops or leaves it out as the user said
+        return _UNREADABLE  # the builder tells why, and stops or leaves it out as the user said
     digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes())
-    return Look(digest.hexdigest(), tuple(codes))
+    return Look(digest.hexdigest(), pixels.shape[:2], tuple(codes))

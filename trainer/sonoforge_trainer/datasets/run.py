@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from sonoforge_trainer.datasets import inspect, leaks
+from sonoforge_trainer.datasets import inspect, leaks, shortcuts
 from sonoforge_trainer.datasets.card import CARD, DataCard, count_splits, finding_cards, lines
 from sonoforge_trainer.datasets.findings import Check, Findings
 from sonoforge_trainer.datasets.importer import Importer, Source
@@ -53,14 +53,16 @@ def import_set(
 
     Raises SourceError, DataSetError, StorageError.
     """
-    findings = Findings((*importer.checks, *inspect.CHECKS, *leaks.CHECKS, leaks.MISSING, _UNLISTED))
+    findings = Findings((*importer.checks, *inspect.CHECKS, *leaks.CHECKS, leaks.MISSING, shortcuts.SIZE, _UNLISTED))
     with tempfile.TemporaryDirectory(prefix="sonoforge-import-") as scratch:
         records = importer.read(Source(root, Path(scratch), findings, target.rule.workers))
         _check_references(records)
-        digests = inspect.inspect(records, findings, images, importer.look, target.rule.workers, _say_progress)
+        looks = inspect.inspect(records, findings, images, importer.look, target.rule.workers, _say_progress)
+        digests = {number: look.digest for number, look in looks.items()}
         records, rule = _split(importer, records, digests, choice, target.plan, findings)
         records = leaks.without_leaks(records, digests, findings)
         leaks.count_missing_classes(records, findings)
+        shortcuts.look_for_size(records, looks, findings)
         masked = frozenset(record.row.number for record in records if record.mask is not None)
         rows = [record.row for record in records]
         click.echo("\n".join(lines(importer.about, rule, count_splits(rows, masked), findings.all())))
