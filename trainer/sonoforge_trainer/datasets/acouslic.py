@@ -87,23 +87,25 @@ def read(source: Source) -> list[Record]:
 
 
 def _annotated(image: Path, mask: Path, scratch: Path) -> list[Annotated] | None:
-    """Frames with a mask, written to `scratch`; None where a volume is broken."""
-    found = []
+    """Frames with a mask, written to `scratch`; None where a volume is broken.
+
+    The mask is read first, as it is small, and the image only as far as its last annotated frame.
+    """
     try:
         if read_header(image).shape != read_header(mask).shape or len(read_header(image).shape) != 3:
             return None
-        for number, (pixels, indices) in enumerate(zip(frames(image), frames(mask), strict=True)):
-            if not indices.any():
-                continue
-            values = bytes_of(indices)
-            if not set(np.unique(values).tolist()) <= set(_VALUES):
-                return None
-            place = scratch / f"{image.stem}-{number:04d}"
-            files = place.with_suffix(".png"), place.with_suffix(".mask.png")
-            for file, content in zip(files, (bytes_of(pixels), values), strict=True):
-                Image.fromarray(content).save(file, compress_level=1)
-            shown = tuple(int(value) for value in np.unique(values) if value)
-            found.append(Annotated(number, shown, *files))
+        marked = {number: bytes_of(values) for number, values in enumerate(frames(mask)) if values.any()}
+        if any(not set(np.unique(values).tolist()) <= set(_VALUES) for values in marked.values()):
+            return None
+        found = []
+        for number, pixels in zip(range(max(marked, default=-1) + 1), frames(image), strict=False):
+            if number in marked:
+                place = scratch / f"{image.stem}-{number:04d}"
+                files = place.with_suffix(".png"), place.with_suffix(".mask.png")
+                for file, content in zip(files, (bytes_of(pixels), marked[number]), strict=True):
+                    Image.fromarray(content).save(file, compress_level=1)
+                shown = tuple(int(value) for value in np.unique(marked[number]) if value)
+                found.append(Annotated(number, shown, *files))
     except ImageError:
         return None
     return found

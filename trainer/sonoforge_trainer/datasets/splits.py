@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -188,17 +187,16 @@ def read_list(file: Path) -> list[str]:
 def _names(records: Sequence[Record]) -> dict[str, set[str]]:
     """Every name that a sample may have in a list; a name that fits several images of different folders fits none."""
     names: dict[str, set[str]] = {}
-    exact: Counter[str] = Counter()
     for record in records:
         reference = record.row.reference
         path = PurePosixPath(reference)
         for name in {reference, path.name, path.stem, str(path.with_suffix(""))}:
             names.setdefault(name, set()).add(reference)
-            exact[name] += 1
+    files = set(names)
     for name in [name for name, references in names.items() if len(references) > 1]:
         del names[name]
     for record in records:
         for group in (record.row.patient, record.row.clip):
-            if group and group not in exact:
+            if group and group not in files:
                 names.setdefault(group, set()).add(record.row.reference)
     return names
