@@ -21,6 +21,7 @@ from transformers import (
 
 from sonoforge_trainer.card import backbone_from_card
 from sonoforge_trainer.contract import ContractError, ModelCard, TrainConfig
+from sonoforge_trainer.model import initialise
 from sonoforge_trainer.storage import IntegrityError, Storage
 from sonoforge_trainer.weights.checkpoint import write_imported
 from sonoforge_trainer.weights.errors import WeightsError
@@ -411,8 +412,35 @@ def test_relative_positions_survive_a_checkpoint_and_are_not_trained_further(tmp
     again = load_weights(f"{ref.uri}/teacher.safetensors", STORAGE)
     assert again.card == weights.card
     assert again.tensors.keys() == weights.tensors.keys()
+    initialise(again.backbone, 0)  # as the random baseline beside it
+    assert again.backbone.blocks[0].attn.relative_table.abs().max() == 0
     training = TrainConfig.resolve({"data": {"shards": "file:///a/shards.json"}})
     with pytest.raises(ContractError, match="relative positions"):
         fitted_to(weights, training)
     with pytest.raises(WeightsError, match="found relative positions"):
         export(weights.card, weights.tensors, "timm", tmp_path.as_uri(), STORAGE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda named: {n: t for n, t in named.items() if "blocks" not in n}, "blocks count from 0"),
+        (lambda named: {**named, "pos_embed": torch.zeros(1, 12, 192)}, "pos_embed has 12 rows"),
+        (lambda named: {**named, "patch_embed.proj.weight": torch.zeros(192, 4, 8, 8)}, "takes 4 channels"),
+        (lambda named: {**named, "patch_embed.proj.weight": torch.zeros(200, 3, 8, 8)}, "tokens are 200 wide"),
+        (lambda named: {**named, "patch_embed.proj.weight": torch.zeros(3)}, r"found \(3,\)"),
+        (lambda named: {**named, "student.cls_token": torch.zeros(1)}, "found 2 tensors called cls_token"),
+    ],
+)
+def test_a_vit_that_cannot_be_built_here_is_refused_with_why(lively, tmp_path, change, message):
+    uri = write(tmp_path, "weights.safetensors", save(change(official(lively()))))
+    with pytest.raises(WeightsError, match=message):
+        load_weights(uri, STORAGE)
+
+
+def test_a_table_of_relative_positions_of_no_grid_is_refused(tmp_path):
+    named = usfm_like(a_beit())
+    named["rel_pos_bias.relative_position_bias_table"] = torch.zeros(50, 3)
+    uri = write(tmp_path, "usfm.safetensors", save(named))
+    with pytest.raises(WeightsError, match="found 50 rows"):
+        load_weights(uri, STORAGE)

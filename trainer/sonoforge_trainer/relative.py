@@ -59,6 +59,10 @@ class RelativeAttention(Attention):
         super().__init__(dim, heads)
         self.relative_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + CLS_ROWS, heads))
 
+    def initial_values(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """No position counts more than another, as BEiT starts."""
+        return {"relative_table": torch.zeros(self.relative_table.shape)}
+
     def forward(self, x_td: Tensor, shapes: Shapes) -> Tensor:
         """[T, d] -> [T, d]. Raises ValueError for a grid that is not square."""
         outputs = []

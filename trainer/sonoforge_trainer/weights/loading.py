@@ -11,7 +11,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from sonoforge_trainer.card import backbone_from_card
+from sonoforge_trainer.card import backbone_from_card, empty_backbone
 from sonoforge_trainer.contract import ARCHS, MODEL_CARD, TEACHER, CardSource, ModelCard
 from sonoforge_trainer.contract.config import Arch
 from sonoforge_trainer.model import Backbone
@@ -71,16 +71,17 @@ def load_weights(
     data = storage.read(uri, sha256=sha256)
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
     card = _card_beside(uri, storage) if name == TEACHER else None
-    translated = translate(read_tensors(name, data))
-    del data
-    card = card or card_of(translated, digest, mean=mean, std=std)
-    tensors = {key: tensor.float() for key, tensor in translated.tensors.items()}
-    weights = Weights(card, tensors, translated, digest)
     try:
-        assert weights.backbone is not None  # strict: every key and shape is compared here
+        translated = translate(read_tensors(name, data))
+        del data
+        card = card or card_of(translated, digest, mean=mean, std=std)
+        tensors = {key: tensor.float() for key, tensor in translated.tensors.items()}
+        empty_backbone(card, tensors)  # strict: every key and shape is compared
+    except WeightsError:
+        raise
     except ValueError as error:
-        raise WeightsError(f"{name}, read as {translated.layout}: {error}") from None
-    return weights
+        raise WeightsError(f"{name}: {error}") from None
+    return Weights(card, tensors, translated, digest)
 
 
 def _card_beside(uri: str, storage: Storage) -> ModelCard | None:
@@ -113,6 +114,8 @@ def card_of(translated: Translated, sha256: str, *, mean: tuple[float, ...], std
             f"found {len(mean)} means and {len(std)} deviations for {channels} channels; give the mean and std that "
             "the model was trained with, one for each channel"
         )
+    if "blocks.0.norm1.weight" not in tensors:
+        raise WeightsError("blocks.0.norm1.weight: found nothing. Allowed: a pre-norm ViT whose blocks count from 0")
     blocks = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     return ModelCard(
         arch=arch,
