@@ -54,6 +54,10 @@ cluster-stop: $(VENV)/ready ## End what `make cluster` started (so does Ctrl-C)
 bench: $(VENV)/ready $(VENV)-bench/ready ## Measure speed as ratios against named peers, and print the table
 	$(BIN)/python benchmarks/run.py
 
+.PHONY: bench-eval
+bench-eval: $(VENV)/ready ## Evaluation: feature passes, images/s, seconds a protocol, 52 linear heads at once
+	$(BIN)/python benchmarks/evaluation.py
+
 .PHONY: bench-operator
 bench-operator: $(VENV)/ready cluster-programs ## 1,000 jobs at once on a real control plane, then a restart with 5,000; figures beside their goals
 	$(BIN)/python benchmarks/operator_scale.py

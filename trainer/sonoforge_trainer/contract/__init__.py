@@ -12,19 +12,23 @@ from sonoforge_trainer.contract.base import (
     load_yaml_documents,
     refuse,
 )
+from sonoforge_trainer.contract.baseline import FLOORS, Baseline
 from sonoforge_trainer.contract.checkpoint import (
     COMMIT,
+    IMPORTED,
     MANIFEST,
     METRICS,
     MODEL_CARD,
     QUARANTINE,
     TEACHER,
+    CardSource,
     CheckpointManifest,
     CheckpointRef,
     ModelCard,
     StoredObject,
     checkpoint_prefix,
     parse_prefix,
+    run_uri,
 )
 from sonoforge_trainer.contract.config import (
     ARCHS,
@@ -55,6 +59,7 @@ from sonoforge_trainer.contract.evaluation import (
     EvaluationResult,
     Protocol,
     Score,
+    baseline_request_id,
     is_validation_score,
     selection_score,
     split_score,
@@ -70,8 +75,10 @@ from sonoforge_trainer.contract.exits import (
     ExitCode,
     Termination,
 )
+from sonoforge_trainer.contract.init import InitConfig
 from sonoforge_trainer.contract.progress import Activity, Progress, Request
 from sonoforge_trainer.contract.shards import Shard, ShardManifest, dataset_digest
+from sonoforge_trainer.contract.suite import EvalSuiteSpec, baseline_evaluation, read_suite, suite_requests
 from sonoforge_trainer.contract.summary import CheckpointSummary, RunEvent, RunSummary
 
 __all__ = [
@@ -83,6 +90,8 @@ __all__ = [
     "ENV_STORE",
     "ENV_TERMINATION_LOG",
     "ENV_TOKEN_FILE",
+    "FLOORS",
+    "IMPORTED",
     "MANIFEST",
     "METRICS",
     "MODEL_CARD",
@@ -95,6 +104,8 @@ __all__ = [
     "Activity",
     "ArchShape",
     "AugmentConfig",
+    "Baseline",
+    "CardSource",
     "CheckpointConfig",
     "CheckpointManifest",
     "CheckpointRef",
@@ -102,12 +113,14 @@ __all__ = [
     "ContractError",
     "CropsConfig",
     "DataConfig",
+    "EvalSuiteSpec",
     "Evaluation",
     "EvaluationRequest",
     "EvaluationResult",
     "ExecutionConfig",
     "ExitCode",
     "HeadConfig",
+    "InitConfig",
     "LossConfig",
     "MaskConfig",
     "Misfit",
@@ -129,6 +142,8 @@ __all__ = [
     "StoredObject",
     "Termination",
     "TrainConfig",
+    "baseline_evaluation",
+    "baseline_request_id",
     "canonical_json",
     "checkpoint_prefix",
     "dataset_digest",
@@ -137,8 +152,11 @@ __all__ = [
     "load_yaml_documents",
     "parse_prefix",
     "preset",
+    "read_suite",
     "refuse",
+    "run_uri",
     "selection_score",
     "split_score",
+    "suite_requests",
     "validation_score",
 ]
