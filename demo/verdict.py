@@ -24,6 +24,7 @@ def verdict(file: JobFile, summary: RunSummary) -> Verdict:
     if name is None:
         return Verdict(False, "not shown to have learned: the job names no score in spec.evaluation.bestBy")
     by_step = {checkpoint.ref.step: checkpoint for checkpoint in summary.checkpoints}
+    assert summary.training is not None  # `sonoforge run` writes it
     last = summary.training.recipe.steps
     for step, what in ((0, "random initialisation"), (last, "last step")):
         if step not in by_step or name not in by_step[step].scores:

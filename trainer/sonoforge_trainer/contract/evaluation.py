@@ -8,6 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from sonoforge_trainer.contract.base import Part
+from sonoforge_trainer.contract.evidence import Artifacts
 from sonoforge_trainer.contract.shards import Sha256
 
 Protocol = Literal["knn", "linear", "logreg", "fewshot", "segment-probe", "health"]
@@ -141,6 +142,8 @@ class EvaluationResult(Part):
     """Passes over the images: 1, or 0 where cached features were used."""
     pictures: tuple[str, ...] = ()
     """Names of picture objects beside the result."""
+    artifacts: Artifacts = Artifacts()
+    """Names of documents beside the result."""
 
 
 def validation_score(name: str) -> str:

@@ -51,8 +51,8 @@ class RunSummary(Part):
     """Where it stands."""
     message: str = ""
     """Why."""
-    training: TrainConfig
-    """What the result depends on."""
+    training: TrainConfig | None = None
+    """What the result depends on; None where only the checkpoints are at hand, which hold its digest alone."""
     checkpoints_uri: str
     """Prefix of the run's checkpoints."""
     best_by: str | None = None

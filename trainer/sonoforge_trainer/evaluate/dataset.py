@@ -34,6 +34,8 @@ class Record:
     """SHA-256 of the image file."""
     mask: bytes | None
     """Index PNG."""
+    position: int = 0
+    """Number of the sample in the manifest."""
 
     @property
     def group(self) -> str:
@@ -58,11 +60,13 @@ def scan(manifest: ShardManifest, uri: str, storage: Storage, visit: Callable[[i
     patients = [patient for shard in manifest.shards for patient in shard.patients]
     clips = [clip for shard in manifest.shards for clip in shard.clips]
     records: list[Record] = []
-    for sample, patient, clip in zip(_samples(manifest, uri, storage), patients, clips, strict=True):
+    samples = zip(_samples(manifest, uri, storage), patients, clips, strict=True)
+    for position, (sample, patient, clip) in enumerate(samples):
         split = str(sample.fields.get("split", ""))
         if split not in SPLITS:
             continue
-        record = Record(split, _texts(sample), patient, clip, hashlib.sha256(sample.image).digest(), sample.mask)
+        digest = hashlib.sha256(sample.image).digest()
+        record = Record(split, _texts(sample), patient, clip, digest, sample.mask, position)
         visit(len(records), record, sample.image)
         records.append(record)
     if not records:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from torch import Tensor
 
-from sonoforge_trainer.evaluate.features import resized
+from sonoforge_trainer.evaluate.tiles import sheet, tile
 
 GALLERY = 8
 """Images of the gallery: the first of the test split, in the order of the manifest."""
@@ -19,7 +17,6 @@ GALLERY = 8
 TILE = 128
 """Side of a picture's tile in pixels."""
 
-_GAP = 4
 _PERCENTILES = (1, 99)
 
 
@@ -45,14 +42,5 @@ def principal_colours(patches_npd: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 def gallery_sheet(images_u8: Sequence[Tensor], patches_npd: npt.NDArray[Any], grid: tuple[int, int]) -> bytes:
     """A PNG of two rows: the images [C, H, W], and below each its patches in principal colours."""
-    tiles = [resized(image, TILE).expand(3, -1, -1).permute(1, 2, 0).numpy() for image in images_u8]
     colours = [c.reshape(*grid, 3) for c in principal_colours(patches_npd)]
-    pitch = TILE + _GAP
-    sheet = Image.new("RGB", (len(tiles) * pitch - _GAP, 2 * pitch - _GAP), (255, 255, 255))
-    for row, pictures in enumerate((tiles, colours)):
-        for column, pixels in enumerate(pictures):
-            tile = Image.fromarray(np.ascontiguousarray(pixels)).resize((TILE, TILE), Image.Resampling.NEAREST)
-            sheet.paste(tile, (column * pitch, row * pitch))
-    data = io.BytesIO()
-    sheet.save(data, "PNG", optimize=True)
-    return data.getvalue()
+    return sheet([[tile(image, TILE) for image in images_u8], colours], TILE)

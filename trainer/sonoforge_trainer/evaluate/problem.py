@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from sonoforge_trainer.contract import VALIDATION_PREFIX, Score
+from sonoforge_trainer.contract import VALIDATION_PREFIX, SampleConfusions, Score
+from sonoforge_trainer.evaluate.evidence import classified
 from sonoforge_trainer.evaluate.metrics import Floats, Ints, Predictions
 
 SPLITS = ("train", "val", "test")
@@ -55,6 +56,10 @@ class Finding:
     """On the test split; those whose metric begins with val_ on the validation split."""
     chosen: str = ""
     details: dict[str, object] = field(default_factory=dict)
+    samples: SampleConfusions | None = None
+    """What became of each test sample; None where there are several draws, or nothing to predict."""
+    masks: Callable[[Sequence[int]], list[Ints]] | None = None
+    """Of a segmentation: predicted classes [H, W] of some test images, by their number among those with a mask."""
 
 
 def report(
@@ -76,7 +81,12 @@ def report(
     details["validation_balanced_accuracy"] = dict(candidates)
     details["images"] = {split: len(targets) for split, targets in problem.targets.items()}
     scores = predictions.scores(resamples=resamples, seed=seed)
-    return Finding(scores | on_validation(problem.predictions("val", val_nk).values()), chosen, details)
+    return Finding(
+        scores | on_validation(problem.predictions("val", val_nk).values()),
+        chosen,
+        details,
+        classified(problem.classes, predictions.groups_n, predictions.targets_n, predictions.predicted_n),
+    )
 
 
 def on_validation(values: Mapping[str, float]) -> dict[str, Score]:

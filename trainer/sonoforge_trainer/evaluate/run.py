@@ -12,6 +12,7 @@ from sonoforge_trainer.card import backbone_from_card
 from sonoforge_trainer.checkpoint import CheckpointStore
 from sonoforge_trainer.contract import ContractError, EvaluationRequest, EvaluationResult, ShardManifest
 from sonoforge_trainer.decode import CorruptImageError, decode
+from sonoforge_trainer.evaluate.artifacts import leave_artifacts
 from sonoforge_trainer.evaluate.dataset import Record, Table, scan, select
 from sonoforge_trainer.evaluate.errors import EvaluationDataError
 from sonoforge_trainer.evaluate.feature_cache import FeatureCache
@@ -81,6 +82,8 @@ def evaluate(request: EvaluationRequest, storage: Storage, device: torch.device)
         pictures.append(f"{evaluation.name}-{request.id}-pca.png")
         folder = request.result_uri.rpartition("/")[0]
         storage.write(f"{folder}/{pictures[0]}", gallery_sheet(gathered.gallery, patches, model.grid))
+    with clock.measure("artifacts"):
+        artifacts = leave_artifacts(request, material, findings, storage)
     result = EvaluationResult(
         request=request,
         step=teacher.manifest.step,
@@ -93,6 +96,7 @@ def evaluate(request: EvaluationRequest, storage: Storage, device: torch.device)
         seconds={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
         feature_passes=int(kept is None),
         pictures=tuple(pictures),
+        artifacts=artifacts,
     )
     return put_result(result, storage)
 

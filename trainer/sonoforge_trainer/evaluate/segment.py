@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sonoforge_trainer.contract import VALIDATION_PREFIX, Score
 from sonoforge_trainer.evaluate.errors import EvaluationDataError
+from sonoforge_trainer.evaluate.evidence import segmented
 from sonoforge_trainer.evaluate.knn import fitting, neighbour_votes, normalised
 from sonoforge_trainer.evaluate.logreg import Standardiser, fit_path
 from sonoforge_trainer.evaluate.metrics import Floats, Ints, confusion_matrix
@@ -121,6 +122,17 @@ def confusions(problem: SegmentProblem, split: str, predict: Predict, images: Se
     return {candidate: np.stack(matrices) for candidate, matrices in counts.items()}
 
 
+def predicted_masks(problem: SegmentProblem, split: str, predict: Predict, images: Sequence[int]) -> list[Ints]:
+    """Predicted classes [H, W] of some images at mask resolution, by a predictor of one candidate."""
+    found = []
+    for image in images:
+        (probabilities,) = predict(problem.patches[split][image].astype(np.float32)).values()
+        grid_khw = torch.from_numpy(np.ascontiguousarray(probabilities, np.float32))
+        grid_khw = grid_khw.reshape(*problem.grid, len(problem.classes)).permute(2, 0, 1)
+        found.append(upsampled_classes(grid_khw, problem.mask(split, image).shape))
+    return found
+
+
 def upsampled_classes(probabilities_khw: Tensor, size: tuple[int, ...]) -> Ints:
     """The most probable class of each pixel [H, W], after bilinear upsampling."""
     full = torch.nn.functional.interpolate(probabilities_khw[None], size=size, mode="bilinear", align_corners=False)[0]
@@ -144,6 +156,7 @@ def segment_probe(
         "compared_at": "mask resolution",
     }
     winners: dict[str, float] = {}
+    outcomes: dict[str, tuple[Ints, Predict]] = {}
     scores: dict[str, dict[str, Score]] = {}
     for method, candidates in (
         ("knn", _knn_candidates(features, shares, ks, temperature, device)),
@@ -155,6 +168,7 @@ def segment_probe(
         winner = f"{method} {name}"
         test = confusions(problem, "test", candidates.one(name), range(len(problem.masks["test"])))[name]
         winners[winner] = found[name]
+        outcomes[winner] = (test, candidates.one(name))
         overlaps = overlap_scores(val[name], problem.groups["val"][validation], resamples=0, seed=seed)
         scores[winner] = overlap_scores(test, problem.groups["test"], resamples=resamples, seed=seed)
         scores[winner] |= on_validation({n: score.value for n, score in overlaps.items()})
@@ -166,7 +180,14 @@ def segment_probe(
         for prefix in ("", VALIDATION_PREFIX)
         if f"{prefix}dice_foreground" in of_winner  # it is not defined where no mask has a foreground
     }
-    return Finding({**scores[chosen], **of_methods}, chosen, details)
+    counts, predict = outcomes[chosen]
+    return Finding(
+        {**scores[chosen], **of_methods},
+        chosen,
+        details,
+        segmented(problem.classes, problem.groups["test"], counts),
+        lambda images: predicted_masks(problem, "test", predict, images),
+    )
 
 
 @dataclass(frozen=True)
