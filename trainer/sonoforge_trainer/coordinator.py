@@ -10,18 +10,15 @@ out of it is parsed strictly and never unpickled.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import os
 import signal
-import sys
 import tempfile
 import threading
 import uuid
 from collections import deque
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +26,7 @@ import click
 import structlog
 
 from sonoforge_trainer.contract import ContractError, Progress, Request
+from sonoforge_trainer.http_server import READ_SECONDS, BoundedServer, admits, read_token
 
 if TYPE_CHECKING:
     from sonoforge_trainer.store_link import StoreLink
@@ -36,9 +34,6 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = 16 * 1024
 """A request is a few dozen bytes."""
 
-_DIGEST = "sha256:"
-_CONNECTIONS = 32
-_READ_SECONDS = 10.0
 _SIGNAL_SECONDS = 0.5
 _REQUESTS_KEPT = 64
 _IDENTITIES_KEPT = 4096
@@ -91,54 +86,20 @@ class Desk:
         return answer
 
 
-class Door(ThreadingHTTPServer):
+class Door(BoundedServer):
     """The HTTP server. `token_file` is read for every request, so that a token can be changed while this runs."""
-
-    daemon_threads = True
 
     def __init__(self, address: tuple[str, int], desk: Desk, token_file: Path) -> None:
         super().__init__(address, _Visitor)
         self.desk = desk
-        self._token_file = token_file
-        self._places = threading.BoundedSemaphore(_CONNECTIONS)
-
-    def admits(self, header: str | None) -> bool:
-        """Whether an Authorization header holds the token."""
-        try:
-            expected = read_token(self._token_file)
-        except ContractError:
-            return False
-        given = (header or "").removeprefix("Bearer ") if (header or "").startswith("Bearer ") else ""
-        if expected.startswith(_DIGEST):
-            given = _DIGEST + hashlib.sha256(given.encode(errors="replace")).hexdigest()
-        return hmac.compare_digest(given.encode(errors="replace"), expected.encode())
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """See base class. Closes connections beyond a limit instead of starting threads without one."""
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """See base class."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """See base class. A visitor that hangs up is no news."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            log.error("http-failed", exception=type(error).__name__)
+        self.token_file = token_file
 
 
 class _Visitor(BaseHTTPRequestHandler):
     server: Door
     server_version = "sonoforge-coordinator"
     sys_version = ""
-    timeout = _READ_SECONDS
+    timeout = READ_SECONDS
 
     def do_GET(self) -> None:
         from sonoforge_trainer.store_link import StoreUnavailableError
@@ -187,7 +148,7 @@ class _Visitor(BaseHTTPRequestHandler):
         """Requests that matter are logged where they are carried out."""
 
     def _admitted(self) -> bool:
-        if self.server.admits(self.headers.get("Authorization")):
+        if admits(self.server.token_file, self.headers.get("Authorization")):
             return True
         self._answer(HTTPStatus.UNAUTHORIZED, {"error": "send Authorization: Bearer TOKEN"})
         return False
@@ -201,20 +162,6 @@ class _Visitor(BaseHTTPRequestHandler):
             self.send_header("WWW-Authenticate", "Bearer")
         self.end_headers()
         self.wfile.write(body)
-
-
-def read_token(path: Path) -> str:
-    """Read a token file: the token, or `sha256:` and its hexadecimal digest, which is no secret.
-
-    Raises ContractError where it is missing or holds too little.
-    """
-    try:
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ContractError(f"token file {path}: not readable ({type(error).__name__})") from None
-    if len(token) < 16:
-        raise ContractError(f"token file {path}: holds {len(token)} characters; put at least 16 random ones into it")
-    return token
 
 
 @click.command("coordinator")
