@@ -154,7 +154,7 @@ def write_report(port: LocalPort, status: JobStatus) -> Path | None:
     if not (page.exists() and summary.exists() and summary.read_text() == text):
         page.unlink(missing_ok=True)  # a page beside another summary would look right the next time
         write_atomically(summary, text)
-        command = ["report", "--summary", str(summary), "--output", str(page)]
+        command = ["report", "--summary", str(summary), "--output", str(page), "--publish"]
         subprocess.run([sys.executable, "-m", "sonoforge_trainer", *command], check=False)
     return page if page.exists() else None
 

@@ -28,19 +28,41 @@ class Series:
     """Class of a line to compare with: dashed, dotted or dash-dot; empty for a solid one."""
 
 
-def line_chart(title: str, series: Sequence[Series], *, x_label: str, log_y: bool = False) -> str:
+@dataclass(frozen=True)
+class Mark:
+    """An upright line: something that happened at one place of the x axis."""
+
+    x: float
+    """Where."""
+    text: str
+    """What, for its tooltip."""
+    warning: bool = False
+    """Whether something was wrong."""
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    log_y: bool = False,
+    marks: Sequence[Mark] = (),
+    x_range: tuple[float, float] | None = None,
+    whole_y: bool = False,
+) -> str:
     """An SVG chart with a legend below it. Points that are not finite are left out, and break the line.
 
-    Returns an empty text where no series has a finite point.
+    `x_range` gives several charts the same axis, `whole_y` labels whole numbers only. Returns an empty text where no
+    series has a finite point.
     """
     finite = [(x, y) for s in series for x, y in s.points if math.isfinite(y) and (y > 0 or not log_y)]
     if not finite:
         return ""
     scale = math.log10 if log_y else float
-    x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
+    x_low, x_high = x_range or (min(x for x, _ in finite), max(x for x, _ in finite))
     x_span = (x_low, x_high) if x_high > x_low else (x_low - 1, x_low + 1)
     x_ticks = [tick for tick in ticks(*x_span) if x_span[0] <= tick <= x_span[1]]
-    y_ticks = ticks(min(scale(y) for _, y in finite), max(scale(y) for _, y in finite))
+    y_ticks = ticks(min(scale(y) for _, y in finite), max(scale(y) for _, y in finite), least_step=float(whole_y))
     y_span = (y_ticks[0], y_ticks[-1])
     x_step, y_step = _step(x_ticks), _step(y_ticks)
 
@@ -50,8 +72,8 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, log_y: boo
         return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
-        f"<title>{escape(title)}</title>",
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
+        f"<title>{escape(title)}</title><desc>{escape(described(series, marks))}</desc>",
     ]
     for tick in y_ticks:
         value = 10**tick if log_y else tick
@@ -69,6 +91,13 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, log_y: boo
         f'<text class="tick" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
     )
+    for mark in marks:
+        if x_span[0] <= mark.x <= x_span[1]:
+            x, _ = place(mark.x, bottom)
+            parts.append(
+                f'<line class="mark{" warned" if mark.warning else ""}" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" '
+                f'y2="{_HEIGHT - _BOTTOM}"><title>{escape(mark.text)}</title></line>'
+            )
     for number, one in enumerate(series):
         colour = _colour(number, one)
         for run in _finite_runs(one.points, log_y=log_y):
@@ -84,17 +113,38 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, log_y: boo
     legend = "".join(
         f'<li><span class="key {_colour(n, s)} {s.dash}"></span>{escape(s.name)}</li>' for n, s in enumerate(series)
     )
+    if marks:
+        legend += '<li><span class="key upright"></span>restart or change of size</li>'
     return f'{"".join(parts)}<ul class="legend">{legend}</ul>'
 
 
-def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
-    """Round numbers that cover low..high, at least two."""
+def described(series: Sequence[Series], marks: Sequence[Mark] = ()) -> str:
+    """A chart in words: where each line starts and ends, and between which values it runs."""
+    sentences = []
+    for one in series:
+        known = [(x, y) for x, y in one.points if math.isfinite(y)]
+        if known:
+            values = [y for _, y in known]
+            (_, first), (at, last) = known[0], known[-1]
+            sentences.append(
+                f"{one.name}: from {_number(first)} to {_number(last)} at {_number(at)}"
+                f", between {_number(min(values))} and {_number(max(values))}."
+                if first != last or min(values) != max(values)
+                else f"{one.name}: {_number(first)}."
+            )
+    if marks:
+        sentences.append(f"{len(marks)} restarts or changes of size are marked.")
+    return " ".join(sentences)
+
+
+def ticks(low: float, high: float, *, about: int = 5, least_step: float = 0.0) -> list[float]:
+    """Round numbers that cover low..high, at least two, `least_step` or more apart."""
     if high - low <= 1e-12 * max(1.0, abs(low)):
         half = abs(low) * 0.1 or 1.0
         low, high = low - half, high + half
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+    step = max(least_step, next(m * power for m in (1, 2, 5, 10) if m * power >= raw))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [n * step for n in range(first, last + 1)]
 

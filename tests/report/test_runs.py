@@ -1,0 +1,113 @@
+"""Where runs are found: state folders, summaries, and what checkpoints left in storage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from report_material import commit
+
+from sonoforge_trainer.checkpoint.store import PRUNED
+from sonoforge_trainer.contract import MANIFEST, CheckpointSummary, ContractError
+from sonoforge_trainer.report.cli import put_summary
+from sonoforge_trainer.report.runs import metric_records, open_run, survey
+from sonoforge_trainer.storage import Storage
+
+
+@pytest.fixture
+def storage():
+    return Storage()
+
+
+def test_each_step_of_the_log_is_there_once_also_after_retention_deleted_the_states(summary, storage):
+    records = metric_records(summary, storage)
+    assert [r["step"] for r in records] == list(range(1, 21))
+    assert records[3]["loss"] == 9.0
+
+
+def test_a_run_is_found_in_its_state_folder_and_by_its_summary(summary, storage, tmp_path):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / "summary.json").write_text(summary.to_json())
+    assert open_run(str(folder), storage) == open_run(str(folder / "summary.json"), storage) == summary
+
+
+def test_a_run_is_found_in_storage_by_what_its_checkpoints_left(summary, storage, tmp_path):
+    real = commit(summary, ("a", "a", "b"))
+    found = survey(real.checkpoints_uri, storage)
+    assert [c.ref for c in found.checkpoints] == [c.ref for c in real.checkpoints]
+    assert [c.scores["planes-knn/f1_macro"].value for c in found.checkpoints] == [0.25, 0.75, 0.5]
+    assert (found.job, found.uid, found.training) == ("fetal", "u", None)
+    (event,) = found.events
+    assert (event.reason, event.step, event.world_size) == ("NewProcessGroup", 10, 2)
+    assert open_run(str(tmp_path), storage) == found
+
+
+def test_a_published_summary_adds_what_storage_does_not_say(summary, storage):
+    real = commit(summary, ("a", "a", "a"))
+    put_summary(real, storage)
+    found = survey(real.checkpoints_uri, storage)
+    assert found.floors == real.floors
+    assert found.events == real.events
+    assert found.checkpoints == real.checkpoints
+
+
+def test_a_run_that_went_on_after_its_summary_shows_its_new_checkpoints(summary, storage):
+    real = commit(summary, ("a", "a", "a"))
+    put_summary(real.model_copy(update={"checkpoints": real.checkpoints[:1]}), storage)
+    found = survey(real.checkpoints_uri, storage)
+    assert [c.ref.step for c in found.checkpoints] == [0, 10, 20]
+    assert found.checkpoints[2].scores["planes-knn/f1_macro"].value == 0.5
+
+
+def test_a_checkpoint_whose_state_was_deleted_keeps_its_scores(summary, storage):
+    real = commit(summary, ("a", "a", "a"))
+    ref = real.checkpoints[1].ref
+    folder = Path(ref.uri.removeprefix("file://"))
+    (folder / PRUNED).write_text(ref.to_json())
+    (folder / MANIFEST).unlink()
+    found = survey(real.checkpoints_uri, storage)
+    assert [c.ref for c in found.checkpoints] == [c.ref for c in real.checkpoints]
+    assert found.checkpoints[1].scores["planes-knn/f1_macro"].value == 0.75
+
+
+def test_a_damaged_checkpoint_is_left_out(summary, storage):
+    real = commit(summary, ("a", "a", "a"))
+    folder = Path(real.checkpoints[1].ref.uri.removeprefix("file://"))
+    (folder / MANIFEST).write_text("{}")
+    assert [c.ref.step for c in survey(real.checkpoints_uri, storage).checkpoints] == [0, 20]
+
+
+def test_the_best_checkpoint_is_chosen_on_validation_where_a_score_is_named(summary, storage):
+    real = commit(summary, ("a", "a", "a"))
+    for checkpoint, val in zip(real.checkpoints, (0.1, 0.2, 0.9), strict=True):
+        path = Path(checkpoint.results[0].removeprefix("file://"))
+        document = json.loads(path.read_text())
+        document["scores"]["knn/val_f1_macro"] = {"value": val}
+        path.write_text(json.dumps(document))
+    found = survey(real.checkpoints_uri, storage, best_by="planes-knn/f1_macro")
+    assert [c.best for c in found.checkpoints] == [False, False, True]
+    with pytest.raises(ContractError, match="bestBy: found 'planes-linear/f1_macro', which no checkpoint has"):
+        survey(real.checkpoints_uri, storage, best_by="planes-linear/f1_macro")
+    with pytest.raises(ContractError, match="its validation counterpart decides"):
+        survey(real.checkpoints_uri, storage, best_by="planes-knn/val_f1_macro")
+
+
+def test_a_place_without_a_run_is_refused_with_what_would_do(storage, tmp_path):
+    with pytest.raises(ContractError, match="no checkpoint is committed below it"):
+        open_run(tmp_path.as_uri(), storage)
+    with pytest.raises(ContractError, match=r"no such file or folder\. Allowed: a state folder"):
+        open_run(str(tmp_path / "nothing"), storage)
+
+
+def test_runs_are_read_from_a_bucket(summary, s3):
+    real = commit(summary, ("a", "a", "b"))
+    root = Path(summary.checkpoints_uri.removeprefix("file://"))
+    for path in root.rglob("*"):
+        if path.is_file():
+            s3.storage.write(f"{s3.uri}/run/{path.relative_to(root)}", path.read_bytes())
+    found = open_run(f"{s3.uri}/run", s3.storage)
+    assert [c.ref.step for c in found.checkpoints] == [0, 10, 20]
+    assert all(isinstance(c, CheckpointSummary) and c.results for c in found.checkpoints)
+    assert [c.ref.manifest_digest for c in found.checkpoints] == [c.ref.manifest_digest for c in real.checkpoints]

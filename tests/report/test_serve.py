@@ -1,0 +1,228 @@
+"""`sonoforge serve`: read-only, only what it lists, and each page made once."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from report_material import commit
+
+from sonoforge_trainer.report import pages as pages_module
+from sonoforge_trainer.report.catalogue import list_runs
+from sonoforge_trainer.report.pages import Pages
+from sonoforge_trainer.storage import Storage
+
+TOKEN = "0123456789abcdef"
+
+
+@dataclass
+class Served:
+    """A server process before a folder of runs."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    def ask(self, method: str, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.putrequest(method, path, skip_host="Host" in headers)
+            for name, value in headers.items():
+                connection.putheader(name.replace("_", "-"), value)
+            connection.endheaders()
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+        finally:
+            connection.close()
+
+
+def start(*arguments: str) -> Served:
+    command = [sys.executable, "-m", "sonoforge_trainer", "serve", *arguments, "--port=0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    assert line.startswith("http://127.0.0.1:"), process.communicate()
+    return Served(process, int(line.strip().rstrip("/").rpartition(":")[2]))
+
+
+def end(served: Served) -> str:
+    served.process.send_signal(signal.SIGTERM)
+    _, errors = served.process.communicate(timeout=30)
+    assert served.process.returncode == 0
+    return errors
+
+
+@pytest.fixture
+def runs(summary, tmp_path) -> Path:
+    """A folder with one run, `team/fetal`, and beside the folder a file that is nobody's business."""
+    commit(summary, ("a", "a", "b"))
+    folder = tmp_path / "runs" / "team" / "fetal"
+    folder.mkdir(parents=True)
+    for path in tmp_path.glob("step-*"):
+        path.rename(folder / path.name)
+    (tmp_path / "secret.txt").write_text("do not show")
+    (tmp_path / "runs" / "note.txt").write_text("not a run")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def served(runs) -> Iterator[Served]:
+    found = start(str(runs))
+    yield found
+    end(found)
+
+
+def test_the_index_links_to_every_run_and_the_link_leads_to_its_page(served):
+    status, headers, body = served.ask("GET", "/")
+    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert '<a href="/run/team%2Ffetal">team/fetal</a>' in body.decode()
+    status, _, page = served.ask("GET", "/run/team%2Ffetal")
+    assert status == 200
+    assert "0.750" in page.decode()
+    assert page.count(b"<img") == 3, "pictures are read where the run is, not where it was made"
+
+
+def test_only_get_and_head_are_answered(served):
+    for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "PROPFIND", "TRACE"):
+        status, headers, _ = served.ask(method, "/")
+        assert (status, headers["Allow"]) == (405, "GET, HEAD"), method
+    status, headers, body = served.ask("HEAD", "/")
+    assert (status, body) == (200, b"")
+    assert int(headers["Content-Length"]) > 1000
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/run/../../secret.txt",
+        "/run/..%2F..%2Fsecret.txt",
+        "/run/%2e%2e%2fsecret.txt",
+        "/run/%2Fetc%2Fpasswd",
+        "/run/team",
+        "/run/note.txt",
+        "/run/team%2Ffetal%00",
+        "/run/team%252Ffetal",
+        "/run/file:///etc/passwd",
+        "//team/fetal",
+        "/secret.txt",
+        "/run/",
+    ],
+)
+def test_nothing_but_what_is_listed_can_be_asked_for(served, path):
+    status, _, body = served.ask("GET", path)
+    assert status == 404
+    assert b"do not show" not in body
+
+
+def test_every_answer_says_what_a_browser_may_do_with_it(served):
+    for path in ("/", "/run/team%2Ffetal", "/nothing", "/healthz"):
+        _, headers, _ = served.ask("GET", path)
+        assert headers["Content-Security-Policy"].startswith("default-src 'none'; style-src 'sha256-")
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert "Python" not in headers["Server"]
+
+
+def test_a_page_that_has_not_changed_is_not_sent_again(served, runs):
+    _, first, _ = served.ask("GET", "/run/team%2Ffetal")
+    status, _, body = served.ask("GET", "/run/team%2Ffetal", If_None_Match=first["ETag"])
+    assert (status, body) == (304, b"")
+    result = next(runs.rglob("eval/planes-*.json"))
+    result.write_text(result.read_text() + " ")
+    status, second, _ = served.ask("GET", "/run/team%2Ffetal", If_None_Match=first["ETag"])
+    assert status == 200
+    assert second["ETag"] != first["ETag"]
+
+
+def test_a_page_of_another_site_cannot_read_the_loopback_under_a_name_of_its_own(served):
+    for host in ("evil.example", "evil.example:80", "[", "127.0.0.1.evil.example"):
+        assert served.ask("GET", "/", Host=host)[0] == 421
+    for host in ("localhost", "127.0.0.1", "[::1]", f"localhost:{served.port}"):
+        assert served.ask("GET", "/", Host=host)[0] == 200
+
+
+def test_with_a_token_file_every_request_needs_the_token_but_the_probe(runs, tmp_path):
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    served = start(str(runs), f"--token-file={file}")
+    try:
+        assert served.ask("GET", "/healthz")[0] == 200
+        for given in ("", "Bearer wrong-wrong-wrong-wrong", TOKEN, f"Basic {TOKEN}"):
+            status, headers, body = served.ask("GET", "/", Authorization=given)
+            assert (status, headers["WWW-Authenticate"]) == (401, "Bearer"), given
+            assert b"fetal" not in body
+        assert served.ask("GET", "/", Authorization=f"Bearer {TOKEN}")[0] == 200
+    finally:
+        end(served)
+
+
+def test_beyond_the_loopback_it_asks_for_a_token_or_for_the_word(runs):
+    command = [sys.executable, "-m", "sonoforge_trainer", "serve", str(runs), "--host=0.0.0.0", "--port=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 64
+    assert "--host: found 0.0.0.0, where others can reach it" in done.stderr
+    assert "--open-to-all" in done.stderr
+
+
+def test_nothing_is_written_and_no_page_is_in_the_log(served, runs):
+    def state():
+        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in runs.rglob("*") if p.is_file()}
+
+    before = state()
+    served.ask("GET", "/")
+    served.ask("GET", "/run/team%2Ffetal")
+    assert state() == before
+
+
+def test_a_page_is_made_once_for_what_it_is_made_from(runs, monkeypatch):
+    made = []
+    render = pages_module.render
+
+    def counted(*arguments, **options):
+        made.append(arguments)
+        return render(*arguments, **options)
+
+    monkeypatch.setattr(pages_module, "render", counted)
+    pages = Pages(runs.as_uri(), Storage())
+    first = pages.run("team/fetal")
+    assert pages.run("team/fetal") is first
+    assert len(made) == 1
+    metrics = next(runs.rglob("metrics.jsonl"))
+    metrics.write_bytes(metrics.read_bytes())
+    os.utime(metrics, ns=(1, 1))
+    assert pages.run("team/fetal").digest != first.digest
+    assert len(made) == 2
+
+
+def test_old_pages_go_where_the_cache_is_full(runs, monkeypatch):
+    monkeypatch.setattr(pages_module, "CACHE_BYTES", 1)
+    pages = Pages(runs.as_uri(), Storage())
+    for when in (1, 2, 3):
+        os.utime(next(runs.rglob("metrics.jsonl")), ns=(when, when))
+        assert pages.run("team/fetal").body
+        assert len(pages._kept) == 1
+
+
+def test_runs_of_a_bucket_are_listed_with_what_they_hold(runs, s3):
+    for path in runs.rglob("*"):
+        if path.is_file():
+            s3.storage.write(f"{s3.uri}/{path.relative_to(runs)}", path.read_bytes())
+    (found,) = list_runs(s3.uri, s3.storage)
+    assert (found.path, found.checkpoints, found.newest_step, found.results) == ("team/fetal", 3, 20, 3)
+    (alone,) = list_runs(found.uri, s3.storage)
+    assert (alone.path, alone.link) == ("", "/run/")
+    assert b"0.750" in Pages(s3.uri, s3.storage).run("team/fetal").body
+    assert list_runs(f"{s3.uri}/nothing", s3.storage) == []
+
+
+def test_a_run_without_a_committed_checkpoint_is_not_listed(runs):
+    for path in runs.rglob("COMMIT"):
+        path.unlink()
+    assert list_runs(runs.as_uri(), Storage()) == []
+    assert b"No run has committed a checkpoint" in Pages(runs.as_uri(), Storage()).index().body

@@ -1,0 +1,262 @@
+"""A run as the page sees it: from the summary of `sonoforge run`, or from what its checkpoints left in storage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from sonoforge_trainer.checkpoint.errors import DamagedCheckpointError
+from sonoforge_trainer.checkpoint.store import PRUNED, CheckpointStore, Prefix
+from sonoforge_trainer.contract import (
+    METRICS,
+    CheckpointRef,
+    CheckpointSummary,
+    ContractError,
+    EvaluationResult,
+    RunEvent,
+    RunSummary,
+    is_validation_score,
+    selection_score,
+)
+from sonoforge_trainer.storage import ObjectNotFoundError, Storage, StorageError
+
+SUMMARY = "summary.json"
+"""Name of the summary, in the state folder of `sonoforge run` and beside the checkpoints."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One complete result, and where it was read."""
+
+    checkpoint: CheckpointSummary
+    """What was evaluated."""
+    result: EvaluationResult
+    """What was found."""
+    folder: str
+    """URI of the folder of the result. It is not the one that the result names where a run was copied or moved."""
+
+    @property
+    def evaluation(self) -> str:
+        """Name of the evaluation."""
+        return self.result.request.evaluation.name
+
+    def beside(self, name: str) -> str:
+        """URI of one of the result's documents or pictures."""
+        return f"{self.folder}/{name}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run with everything that could be read of it."""
+
+    summary: RunSummary
+    """What it came to."""
+    records: Sequence[dict[str, Any]]
+    """Metric records, each step once, in order."""
+    results: Sequence[Evaluated]
+    """The complete results, in the order of the checkpoints."""
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.summary.job
+
+    def results_of(self, checkpoint: CheckpointSummary | None) -> dict[str, Evaluated]:
+        """Results of one checkpoint by evaluation."""
+        if checkpoint is None:
+            return {}
+        return {one.evaluation: one for one in self.results if one.checkpoint.ref.id == checkpoint.ref.id}
+
+
+def read_run(summary: RunSummary, storage: Storage) -> Run:
+    """Read the logs and results that a summary names. What cannot be read is left out and named in the log."""
+    return Run(summary, metric_records(summary, storage), evaluation_results(summary, storage))
+
+
+def open_run(where: str, storage: Storage, *, best_by: str | None = None) -> RunSummary:
+    """The run at a summary.json, in a state folder, or below the URI or folder of its checkpoints.
+
+    `best_by` marks the best checkpoint where no summary says which it is. Raises ContractError where nothing is found.
+    """
+    if "://" in where:
+        return survey(where, storage, best_by=best_by)
+    path = Path(where)
+    file = path / SUMMARY if path.is_dir() else path
+    if file.is_file():
+        return RunSummary.from_json(file.read_bytes(), where=str(file))
+    if not path.is_dir():
+        raise ContractError(f"{where}: no such file or folder. Allowed: a state folder, a summary.json, or a URI")
+    return survey(path.resolve().as_uri(), storage, best_by=best_by)
+
+
+def survey(uri: str, storage: Storage, *, best_by: str | None = None) -> RunSummary:
+    """A run from what lies below the URI of its checkpoints: one LIST and small reads; nothing is written.
+
+    A summary beside the checkpoints adds what storage does not say: events, floors, phase and configuration. Raises
+    ContractError where there is no checkpoint.
+    """
+    uri = uri.rstrip("/")
+    store = CheckpointStore(storage, uri)
+    found = [one for prefix in store.prefixes() if (one := _looked_at(store, prefix)) is not None]
+    if not found:
+        raise ContractError(f"{uri}: no checkpoint is committed below it. Give the URI of a run's checkpoints")
+    newest = {one.ref.step: one for one in sorted(found, key=lambda one: one.ref.created)}
+    seen = [newest[step] for step in sorted(newest)]
+    written = _written_summary(uri, storage)
+    known = {c.ref.id: c for c in written.checkpoints} if written else {}
+    checkpoints = tuple(_with_results(one, known.get(one.ref.id), storage) for one in seen)
+    if written is not None:
+        return written.model_copy(update={"checkpoints": checkpoints, "checkpoints_uri": uri})
+    return RunSummary(
+        job=seen[-1].job or uri.rpartition("/")[2],
+        uid=seen[-1].uid or uri,
+        phase="As found in storage",
+        checkpoints_uri=uri,
+        best_by=best_by,
+        checkpoints=_marked(checkpoints, best_by),
+        events=tuple(_new_groups(seen)),
+        started=_unix(seen[0].ref.created),
+    )
+
+
+def metric_records(summary: RunSummary, storage: Storage) -> list[dict[str, Any]]:
+    """Every metric record that was committed with a checkpoint, in order of steps, each step once.
+
+    Retention deletes states and manifests, and leaves the logs.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for checkpoint in summary.checkpoints:
+        try:
+            text = storage.read(f"{checkpoint.ref.uri}/{METRICS}")
+        except StorageError as error:
+            log.warning("report.metrics_missing", checkpoint=checkpoint.ref.id, reason=type(error).__name__)
+            continue
+        for line in text.splitlines():
+            record = json.loads(line)
+            by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def evaluation_results(summary: RunSummary, storage: Storage) -> list[Evaluated]:
+    """The complete results of every evaluation that succeeded."""
+    found = []
+    for checkpoint in summary.checkpoints:
+        for uri in checkpoint.results:
+            result = _result(uri, storage)
+            if result is not None:
+                found.append(Evaluated(checkpoint, result, uri.rpartition("/")[0]))
+    return found
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A checkpoint as storage shows it."""
+
+    ref: CheckpointRef
+    results: tuple[str, ...]
+    attempt: str
+    job: str = ""
+    uid: str = ""
+    world_size: int = 0
+
+
+def _looked_at(store: CheckpointStore, prefix: Prefix) -> _Seen | None:
+    results = tuple(f"{prefix.uri}/{name}" for name in sorted(prefix.objects) if _names_a_result(name))
+    try:
+        if PRUNED in prefix.objects:
+            ref = CheckpointRef.from_json(store.storage.read(f"{prefix.uri}/{PRUNED}"), where=prefix.uri)
+            return _Seen(ref, results, prefix.attempt)
+        if not prefix.committed:
+            return None
+        ref, manifest = store.inspect(prefix)
+    except (DamagedCheckpointError, ContractError, StorageError) as error:
+        log.warning("report.checkpoint_unreadable", uri=prefix.uri, reason=type(error).__name__)
+        return None
+    return _Seen(ref, results, manifest.attempt, manifest.job, manifest.uid, manifest.world_size)
+
+
+def _names_a_result(name: str) -> bool:
+    return (
+        name.startswith("eval/") and name.endswith(".json") and not name.endswith(("-evidence.json", "-gallery.json"))
+    )
+
+
+def _written_summary(uri: str, storage: Storage) -> RunSummary | None:
+    try:
+        return RunSummary.from_json(storage.read(f"{uri}/{SUMMARY}"), where=f"{uri}/{SUMMARY}")
+    except ObjectNotFoundError:
+        return None
+    except ContractError as error:
+        log.warning("report.summary_unreadable", uri=uri, reason=type(error).__name__)
+        return None
+
+
+def _result(uri: str, storage: Storage) -> EvaluationResult | None:
+    try:
+        return EvaluationResult.from_json(storage.read(uri), where=uri)
+    except (StorageError, ContractError) as error:
+        log.warning("report.result_missing", uri=uri, reason=type(error).__name__)
+        return None
+
+
+def _with_results(seen: _Seen, known: CheckpointSummary | None, storage: Storage) -> CheckpointSummary:
+    if known is not None and set(known.results) >= set(seen.results):
+        return known.model_copy(update={"ref": seen.ref})
+    scores = {} if known is None else dict(known.scores)
+    for uri in seen.results:
+        result = _result(uri, storage)
+        if result is not None:
+            scores |= {f"{result.request.evaluation.name}-{name}": score for name, score in result.scores.items()}
+    base = known or CheckpointSummary(ref=seen.ref)
+    return base.model_copy(update={"ref": seen.ref, "scores": scores, "results": seen.results})
+
+
+def _marked(checkpoints: Sequence[CheckpointSummary], best_by: str | None) -> tuple[CheckpointSummary, ...]:
+    """The checkpoints with the best one marked, compared on validation."""
+    if best_by is None:
+        return tuple(checkpoints)
+    if is_validation_score(best_by):
+        raise ContractError(f"bestBy: found {best_by!r}. Allowed: the score itself; its validation counterpart decides")
+    decides = selection_score(best_by)
+    values = {c.ref.id: c.scores[decides].value for c in checkpoints if decides in c.scores}
+    if not values:
+        known = sorted({n for c in checkpoints for n in c.scores if not is_validation_score(n)})
+        raise ContractError(
+            f"bestBy: found {best_by!r}, which no checkpoint has. Allowed: {', '.join(known) or 'none'}"
+        )
+    best = max(values, key=lambda name: values[name])
+    return tuple(c.model_copy(update={"best": c.ref.id == best}) for c in checkpoints)
+
+
+def _new_groups(seen: Iterable[_Seen]) -> list[RunEvent]:
+    """Each checkpoint that another process group wrote than the one before: a restart, a resize or a resumption."""
+    events, before = [], None
+    for one in seen:
+        if before is not None and one.attempt != before.attempt:
+            processes = f" of {one.world_size} processes" if one.world_size else ""
+            events.append(
+                RunEvent(
+                    time=_unix(one.ref.created),
+                    reason="NewProcessGroup",
+                    message=f"a new process group{processes} went on after step {before.ref.step}",
+                    step=before.ref.step,
+                    world_size=one.world_size,
+                )
+            )
+        before = one
+    return events
+
+
+def _unix(created: str) -> float:
+    try:
+        return datetime.fromisoformat(created).timestamp()
+    except ValueError:
+        return 0.0
