@@ -121,7 +121,7 @@ def test_rows_are_the_random_start_the_best_the_last_and_the_floors(summary):
         ("random initialisation", "step 0"),
         ("best checkpoint", "step 10"),
         ("last checkpoint", "step 20"),
-        ("raw pixels", "without learning"),
+        ("raw pixels", "baseline"),
     ]
     (table,) = tables(found, Storage())
     (column,) = table.columns

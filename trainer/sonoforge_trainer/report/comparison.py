@@ -30,7 +30,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Model:
-    """One row: a checkpoint, or a method that learned nothing."""
+    """One row: a checkpoint, or a baseline."""
 
     name: str
     """What the row is called."""
@@ -168,7 +168,7 @@ def _floors(runs: Sequence[Run]) -> list[Model]:
             known = found.setdefault(floor, {})
             agrees = all(known[name].value == score.value for name, score in scores.items() if name in known)
             (known if agrees else found.setdefault(f"{floor} ({run.name})", {})).update(scores)
-    return [Model(floor.replace("-", " "), "without learning", scores) for floor, scores in sorted(found.items())]
+    return [Model(floor.replace("-", " "), "baseline", scores) for floor, scores in sorted(found.items())]
 
 
 def _column(name: str, models: Iterable[Model], evidence: _Evidence) -> Column:
