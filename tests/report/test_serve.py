@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +89,25 @@ def test_the_index_links_to_every_run_and_the_link_leads_to_its_page(served):
     assert page.count(b"<img") == 3, "pictures are read where the run is, not where it was made"
 
 
+def test_runs_that_are_chosen_are_compared_on_one_page(served, runs):
+    (runs / "team" / "fetal").rename(runs / "one")
+    shutil.copytree(runs / "one", runs / "two & three")
+    status, _, index = served.ask("GET", "/")
+    assert (status, index.count(b'type="checkbox"')) == (200, 2)
+    status, _, page = served.ask("GET", "/compare?run=one&run=two%2520%26%2520three")
+    assert status == 200
+    rows = set(re.findall(r'<th scope="row">([^<]*: [a-z]+ checkpoint)<', page.decode()))
+    assert rows == {"fetal u: last checkpoint", "fetal u (2): last checkpoint"}, "no summary says which is best"
+    for query in (
+        "",
+        "run=",
+        "run=one&run=none",
+        "run=../secret.txt",
+        "run=one" + "".join(f"&run={n}" for n in range(20)),
+    ):
+        assert served.ask("GET", f"/compare?{query}")[0] == 404, query
+
+
 def test_only_get_and_head_are_answered(served):
     for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "PROPFIND", "TRACE"):
         status, headers, _ = served.ask(method, "/")
@@ -111,6 +132,8 @@ def test_only_get_and_head_are_answered(served):
         "//team/fetal",
         "/secret.txt",
         "/run/",
+        "/compare",
+        "/compare/team",
     ],
 )
 def test_nothing_but_what_is_listed_can_be_asked_for(served, path):
@@ -190,13 +213,13 @@ def test_a_page_is_made_once_for_what_it_is_made_from(runs, monkeypatch):
 
     monkeypatch.setattr(pages_module, "render", counted)
     pages = Pages(runs.as_uri(), Storage())
-    first = pages.run("team/fetal")
-    assert pages.run("team/fetal") is first
+    first = pages.runs(["team/fetal"])
+    assert pages.runs(["team/fetal"]) is first
     assert len(made) == 1
     metrics = next(runs.rglob("metrics.jsonl"))
     metrics.write_bytes(metrics.read_bytes())
     os.utime(metrics, ns=(1, 1))
-    assert pages.run("team/fetal").digest != first.digest
+    assert pages.runs(["team/fetal"]).digest != first.digest
     assert len(made) == 2
 
 
@@ -205,7 +228,7 @@ def test_old_pages_go_where_the_cache_is_full(runs, monkeypatch):
     pages = Pages(runs.as_uri(), Storage())
     for when in (1, 2, 3):
         os.utime(next(runs.rglob("metrics.jsonl")), ns=(when, when))
-        assert pages.run("team/fetal").body
+        assert pages.runs(["team/fetal"]).body
         assert len(pages._kept) == 1
 
 
@@ -217,7 +240,7 @@ def test_runs_of_a_bucket_are_listed_with_what_they_hold(runs, s3):
     assert (found.path, found.checkpoints, found.newest_step, found.results) == ("team/fetal", 3, 20, 3)
     (alone,) = list_runs(found.uri, s3.storage)
     assert (alone.path, alone.link) == ("", "/run/")
-    assert b"0.750" in Pages(s3.uri, s3.storage).run("team/fetal").body
+    assert b"0.750" in Pages(s3.uri, s3.storage).runs(["team/fetal"]).body
     assert list_runs(f"{s3.uri}/nothing", s3.storage) == []
 
 

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sonoforge_trainer.contract import canonical_json
 from sonoforge_trainer.report.catalogue import Listed, list_runs
 from sonoforge_trainer.report.index import render_index
 from sonoforge_trainer.report.page import render
@@ -16,6 +17,10 @@ from sonoforge_trainer.storage import Storage
 
 CACHE_BYTES = 256 * 2**20
 """Bytes of pages that are kept; the least recently asked for go first."""
+
+
+MAX_RUNS = 12
+"""Runs of one page."""
 
 
 @dataclass(frozen=True)
@@ -42,37 +47,44 @@ class Pages:
         """The list of runs, as storage has them now. Raises StorageError."""
         return self._index(list_runs(self.runs_uri, self._storage))
 
-    def run(self, path: str) -> Page | None:
-        """The page of the run with this path, or None where the listing has no such run.
+    def runs(self, paths: Sequence[str]) -> Page | None:
+        """One page of the runs with these paths, or None where there is none or the listing lacks one of them.
 
         A path is looked up and never joined to a URI, so it cannot lead anywhere else. Raises StorageError, and
         ContractError where the checkpoints that were listed are gone.
         """
-        found = {run.path: run for run in list_runs(self.runs_uri, self._storage)}.get(path)
-        return (
-            None if found is None else self._made(f"run {path} {found.digest}", found.digest, lambda: self._page(found))
-        )
+        listed = {run.path: run for run in list_runs(self.runs_uri, self._storage)}
+        wanted = list(dict.fromkeys(paths))
+        if not 0 < len(wanted) <= MAX_RUNS or not listed.keys() >= set(wanted):
+            return None
+        found = [listed[path] for path in wanted]
+        made_from = canonical_json([[run.path, run.digest] for run in found])
+        return self._made(f"sha256:{hashlib.sha256(made_from.encode()).hexdigest()}", lambda: self._page(found))
 
     def _index(self, runs: Sequence[Listed]) -> Page:
         body = render_index(self.runs_uri, runs).encode()
         return Page(f"sha256:{hashlib.sha256(body).hexdigest()}", body)
 
-    def _page(self, run: Listed) -> bytes:
-        return render([survey(run.uri, self._storage)], self._storage, images=self._images).encode()
+    def _page(self, runs: Sequence[Listed]) -> bytes:
+        summaries = [survey(run.uri, self._storage) for run in runs]
+        return render(summaries, self._storage, images=self._images).encode()
 
-    def _made(self, key: str, digest: str, make: Callable[[], bytes]) -> Page:
+    def _made(self, digest: str, make: Callable[[], bytes]) -> Page:
         """The kept page, or a new one; two visitors who ask at once wait for the same one."""
         with self._lock:
-            turn = self._making.setdefault(key, threading.Lock())
+            turn = self._making.setdefault(digest, threading.Lock())
         with turn:
             with self._lock:
-                if key in self._kept:
-                    self._kept.move_to_end(key)
-                    return self._kept[key]
-            page = Page(digest, make())
+                if digest in self._kept:
+                    self._kept.move_to_end(digest)
+                    return self._kept[digest]
+            try:
+                page = Page(digest, make())
+            finally:
+                with self._lock:
+                    self._making.pop(digest, None)
             with self._lock:
-                self._kept[key] = page
-                self._making.pop(key, None)
+                self._kept[digest] = page
                 while len(self._kept) > 1 and sum(len(p.body) for p in self._kept.values()) > CACHE_BYTES:
                     self._kept.popitem(last=False)
             return page

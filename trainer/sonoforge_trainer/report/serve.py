@@ -1,7 +1,8 @@
 """`sonoforge serve`: the pages of the runs in a bucket or folder, read-only, over HTTP.
 
-`GET /` lists the runs, `GET /run/PATH` is the page of one (its path below the URI, percent-encoded, slashes too), and
-`GET /healthz` needs no token. Nothing is ever written, and a path is looked up in the listing, never joined to a URI.
+`GET /` lists the runs, `GET /run/PATH` is the page of one (its path below the URI, percent-encoded, slashes too),
+`GET /compare?run=PATH&run=PATH` is one page of several, and `GET /healthz` needs no token. Nothing is ever written, and
+a path is looked up in the listing, never joined to a URI.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import click
 import structlog
@@ -25,7 +26,7 @@ from sonoforge_trainer.report.templates import content_policy
 from sonoforge_trainer.storage import Storage, StorageError
 
 _SIGNAL_SECONDS = 0.5
-_RUN = "/run/"
+_RUN, _COMPARE = "/run/", "/compare"
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -56,7 +57,7 @@ class _Visitor(BaseHTTPRequestHandler):
     timeout = READ_SECONDS
 
     def do_GET(self) -> None:
-        path = urlsplit(self.path).path
+        path, _, query = self.path.partition("?")
         if not self.server.knows(self.headers.get("Host")):
             self._say(HTTPStatus.MISDIRECTED_REQUEST, "ask by the name of the loopback")
         elif path == "/healthz":
@@ -64,7 +65,7 @@ class _Visitor(BaseHTTPRequestHandler):
         elif self.server.token_file and not admits(self.server.token_file, self.headers.get("Authorization")):
             self._say(HTTPStatus.UNAUTHORIZED, "send Authorization: Bearer TOKEN", ("WWW-Authenticate", "Bearer"))
         else:
-            self._show(path)
+            self._show(path, query)
 
     do_HEAD = do_GET  # noqa: N815 - the base class names it
 
@@ -76,9 +77,9 @@ class _Visitor(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it
         """Pages that are looked at are no news."""
 
-    def _show(self, path: str) -> None:
+    def _show(self, path: str, query: str) -> None:
         try:
-            page = self._page(path)
+            page = self._page(path, query)
         except (StorageError, ContractError) as error:
             log.warning("serve.unreadable", reason=type(error).__name__)
             self._say(HTTPStatus.BAD_GATEWAY, "storage cannot be read now; the server's log says why")
@@ -92,10 +93,13 @@ class _Visitor(BaseHTTPRequestHandler):
         else:
             self._answer(HTTPStatus.OK, page.body, ("ETag", etag), ("Content-Type", "text/html; charset=utf-8"))
 
-    def _page(self, path: str) -> Page | None:
+    def _page(self, path: str, query: str) -> Page | None:
+        pages = self.server.pages
         if path == "/":
-            return self.server.pages.index()
-        return self.server.pages.run(unquote(path.removeprefix(_RUN))) if path.startswith(_RUN) else None
+            return pages.index()
+        if path == _COMPARE:
+            return pages.runs([value for name, value in parse_qsl(query, keep_blank_values=True) if name == "run"])
+        return pages.runs([unquote(path.removeprefix(_RUN))]) if path.startswith(_RUN) else None
 
     def _say(self, status: HTTPStatus, text: str, *headers: tuple[str, str]) -> None:
         self._answer(status, f"{text}\n".encode(), ("Content-Type", "text/plain; charset=utf-8"), *headers)
