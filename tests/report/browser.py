@@ -70,8 +70,13 @@ class Browser:
         self.console.clear()
         self._loaded = False
         self.send("Page.navigate", url=url)
-        while not self._loaded:
-            self._record(json.loads(self._socket.recv()))
+        self._wait()
+
+    def follow(self, expression: str) -> None:
+        """Do something that leads to another page, and wait until all of it is loaded."""
+        self._loaded = False
+        self.value(expression)
+        self._wait()
 
     def look(self, *, width: int, dark: bool = False, media: str = "") -> None:
         """Set the width of the window in pixels, the colour scheme, and `print` or the screen."""
@@ -94,6 +99,10 @@ class Browser:
         """The whole page as PNG."""
         shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True, fromSurface=True)
         return base64.b64decode(shot["data"])
+
+    def _wait(self) -> None:
+        while not self._loaded:
+            self._record(json.loads(self._socket.recv()))
 
     def _record(self, message: dict[str, Any]) -> None:
         method, params = message.get("method"), message.get("params", {})

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from report_material import commit
+from browser import Browser, chromium
+from report_material import commit, summary_of_three
 
 from sonoforge_trainer.report import pages as pages_module
 from sonoforge_trainer.report.catalogue import list_runs
@@ -59,21 +60,41 @@ def end(served: Served) -> str:
     return errors
 
 
-@pytest.fixture
-def runs(summary, tmp_path) -> Path:
+def make_runs(root: Path) -> Path:
     """A folder with one run, `team/fetal`, and beside the folder a file that is nobody's business."""
-    commit(summary, ("a", "a", "b"))
-    folder = tmp_path / "runs" / "team" / "fetal"
+    commit(summary_of_three(root), ("a", "a", "b"))
+    folder = root / "runs" / "team" / "fetal"
     folder.mkdir(parents=True)
-    for path in tmp_path.glob("step-*"):
+    for path in root.glob("step-*"):
         path.rename(folder / path.name)
-    (tmp_path / "secret.txt").write_text("do not show")
-    (tmp_path / "runs" / "note.txt").write_text("not a run")
-    return tmp_path / "runs"
+    (root / "secret.txt").write_text("do not show")
+    (root / "runs" / "note.txt").write_text("not a run")
+    return root / "runs"
 
 
 @pytest.fixture
-def served(runs) -> Iterator[Served]:
+def runs(tmp_path) -> Path:
+    """The runs of one test, which may change them."""
+    return make_runs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """The runs of every test that only looks."""
+    return make_runs(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def served(shared) -> Iterator[Served]:
+    """One server for all who only look."""
+    found = start(str(shared))
+    yield found
+    end(found)
+
+
+@pytest.fixture
+def changing(runs) -> Iterator[Served]:
+    """A server before the runs of one test."""
     found = start(str(runs))
     yield found
     end(found)
@@ -86,15 +107,15 @@ def test_the_index_links_to_every_run_and_the_link_leads_to_its_page(served):
     status, _, page = served.ask("GET", "/run/team%2Ffetal")
     assert status == 200
     assert "0.750" in page.decode()
-    assert page.count(b"<img") == 3, "pictures are read where the run is, not where it was made"
+    assert page.count(b"<img") == 2, "pictures are read where the run is, not where it was made"
 
 
-def test_runs_that_are_chosen_are_compared_on_one_page(served, runs):
+def test_runs_that_are_chosen_are_compared_on_one_page(changing, runs):
     (runs / "team" / "fetal").rename(runs / "one")
     shutil.copytree(runs / "one", runs / "two & three")
-    status, _, index = served.ask("GET", "/")
+    status, _, index = changing.ask("GET", "/")
     assert (status, index.count(b'type="checkbox"')) == (200, 2)
-    status, _, page = served.ask("GET", "/compare?run=one&run=two%2520%26%2520three")
+    status, _, page = changing.ask("GET", "/compare?run=one&run=two%2520%26%2520three")
     assert status == 200
     rows = set(re.findall(r'<th scope="row">([^<]*: [a-z]+ checkpoint)<', page.decode()))
     assert rows == {"fetal u: last checkpoint", "fetal u (2): last checkpoint"}, "no summary says which is best"
@@ -105,7 +126,32 @@ def test_runs_that_are_chosen_are_compared_on_one_page(served, runs):
         "run=../secret.txt",
         "run=one" + "".join(f"&run={n}" for n in range(20)),
     ):
-        assert served.ask("GET", f"/compare?{query}")[0] == 404, query
+        assert changing.ask("GET", f"/compare?{query}")[0] == 404, query
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium on PATH; Debian's package is called chromium")
+def test_a_person_chooses_runs_and_compares_them_in_a_browser(changing, runs, tmp_path):
+    for name in ("a & b", "c"):
+        shutil.copytree(runs / "team" / "fetal", runs / "team" / name)
+    here = f"http://127.0.0.1:{changing.port}"
+    browser = Browser(tmp_path / "browser")
+    try:
+        browser.open(f"{here}/")
+        assert browser.console == []
+        assert browser.requests == [f"{here}/"]
+        for box in (0, 1):
+            browser.value(f"document.querySelectorAll('input')[{box}].click()")
+        browser.follow("document.querySelector('button').click()")
+        assert browser.value("location.pathname") == "/compare"
+        assert browser.value("document.querySelectorAll('#scores, #comparison').length") == 2
+        assert browser.console == []
+        assert [url for url in browser.requests if not url.startswith((f"{here}/", "data:"))] == []
+        browser.open(f"{here}/")
+        browser.follow("document.querySelector('tbody a').click()")
+        assert browser.value("location.pathname") == "/run/team%2Fa%2520%26%2520b"
+        assert browser.value("document.querySelector('h1').textContent") == "fetal"
+    finally:
+        browser.close()
 
 
 def test_only_get_and_head_are_answered(served):
@@ -152,13 +198,13 @@ def test_every_answer_says_what_a_browser_may_do_with_it(served):
         assert "Python" not in headers["Server"]
 
 
-def test_a_page_that_has_not_changed_is_not_sent_again(served, runs):
-    _, first, _ = served.ask("GET", "/run/team%2Ffetal")
-    status, _, body = served.ask("GET", "/run/team%2Ffetal", If_None_Match=first["ETag"])
+def test_a_page_that_has_not_changed_is_not_sent_again(changing, runs):
+    _, first, _ = changing.ask("GET", "/run/team%2Ffetal")
+    status, _, body = changing.ask("GET", "/run/team%2Ffetal", If_None_Match=first["ETag"])
     assert (status, body) == (304, b"")
     result = next(runs.rglob("eval/planes-*.json"))
     result.write_text(result.read_text() + " ")
-    status, second, _ = served.ask("GET", "/run/team%2Ffetal", If_None_Match=first["ETag"])
+    status, second, _ = changing.ask("GET", "/run/team%2Ffetal", If_None_Match=first["ETag"])
     assert status == 200
     assert second["ETag"] != first["ETag"]
 
@@ -193,9 +239,9 @@ def test_beyond_the_loopback_it_asks_for_a_token_or_for_the_word(runs):
     assert "--open-to-all" in done.stderr
 
 
-def test_nothing_is_written_and_no_page_is_in_the_log(served, runs):
+def test_looking_at_pages_writes_nothing(served, shared):
     def state():
-        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in runs.rglob("*") if p.is_file()}
+        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in shared.rglob("*") if p.is_file()}
 
     before = state()
     served.ask("GET", "/")

@@ -15,12 +15,10 @@ from sonoforge_trainer.contract import (
     is_validation_score,
     split_score,
 )
+from sonoforge_trainer.report.curves import is_headline
 from sonoforge_trainer.report.runs import Evaluated, Run
 from sonoforge_trainer.report.significance import Verdict, compared, same_samples
 from sonoforge_trainer.storage import Storage, StorageError
-
-_HEADLINES = ("f1_macro", "dice_foreground")
-"""Endings of the metrics that the first table has; all others are in the table of every score."""
 
 _UNRANKED = ("health",)
 """Protocols whose numbers are not better the higher they are."""
@@ -65,9 +63,7 @@ class Column:
     @property
     def headline(self) -> bool:
         """Whether the first table shows it."""
-        return self.metric.endswith(_HEADLINES) and not self.metric.endswith(
-            ("knn_dice_foreground", "logreg_dice_foreground")
-        )
+        return is_headline(self.metric) and self.protocol not in _UNRANKED
 
 
 @dataclass(frozen=True)

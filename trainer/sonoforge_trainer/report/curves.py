@@ -13,6 +13,8 @@ from sonoforge_trainer.report.timeline import marks_of, samples_range
 _MAX_POINTS = 600
 _DASHES = ("dashed", "dotted", "dash-dot")
 _HEADLINES = ("f1_macro", "dice_foreground", "rankme")
+_PARTS = ("knn_dice_foreground", "logreg_dice_foreground")
+"""Scores of the methods of a protocol that reports the better one, too."""
 _LOSSES = ("Loss parts", ("loss", "loss_dino", "loss_ibot", "loss_koleo"), False)
 _CURVES = (
     _LOSSES,
@@ -59,8 +61,8 @@ def score_charts(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def is_headline(metric: str) -> bool:
-    """Whether a chart of this metric is open at the start: macro F1 and foreground Dice of any protocol, and RankMe."""
-    return metric.endswith(_HEADLINES)
+    """Whether a metric is shown first: macro F1 and foreground Dice of any protocol, and RankMe."""
+    return metric.endswith(_HEADLINES) and metric not in _PARTS
 
 
 def training_charts(run: Run) -> list[tuple[str, str]]:
