@@ -19,7 +19,7 @@ def test_scores_are_drawn_against_samples_with_floors_as_lines(summary):
     assert title == "planes: f1_macro"
     assert svg.count("<circle") == 3
     assert "knn on raw pixels" in svg
-    assert svg.count('class="line series-0 dashed"') == 1
+    assert svg.count('<polyline class="line series-0 dashed"') == 1
     assert "knn: 0.75 at 320" in svg
 
 

@@ -110,12 +110,10 @@ def line_chart(
                     for (at, value), (x, y) in ((point, place(*point)) for point in run)
                 ]
     parts.append("</svg>")
-    legend = "".join(
-        f'<li><span class="key {_colour(n, s)} {s.dash}"></span>{escape(s.name)}</li>' for n, s in enumerate(series)
-    )
+    entries = [_entry(f"line {_colour(n, one)} {one.dash}", one.name) for n, one in enumerate(series)]
     if marks:
-        legend += '<li><span class="key upright"></span>restart or change of size</li>'
-    return f'{"".join(parts)}<ul class="legend">{legend}</ul>'
+        entries.append(_entry("mark warned", "restart or change of size", upright=True))
+    return f'{"".join(parts)}<ul class="legend">{"".join(entries)}</ul>'
 
 
 def described(series: Sequence[Series], marks: Sequence[Mark] = ()) -> str:
@@ -147,6 +145,13 @@ def ticks(low: float, high: float, *, about: int = 5, least_step: float = 0.0) -
     step = max(least_step, next(m * power for m in (1, 2, 5, 10) if m * power >= raw))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [n * step for n in range(first, last + 1)]
+
+
+def _entry(classes: str, name: str, *, upright: bool = False) -> str:
+    """One line of the legend, with a piece of the line as it is in the chart."""
+    ends = 'x1="14" x2="14" y1="0" y2="12"' if upright else 'x1="0" x2="28" y1="6" y2="6"'
+    line = f'<line class="{classes}" {ends}/>'
+    return f'<li><svg class="key" viewBox="0 0 28 12" aria-hidden="true">{line}</svg>{escape(name)}</li>'
 
 
 def _colour(number: int, series: Series) -> str:
