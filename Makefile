@@ -30,7 +30,7 @@ check: $(VENV)/ready ## Format, lint, types and import rules, without tests
 	$(BIN)/lint-imports
 
 .PHONY: generate
-generate: $(VENV)/ready ## Write the CRDs, the chart's copies and docs/api.md again from the Python types
+generate: $(VENV)/ready ## Write the CRDs, the chart's values, schema and README, the manifests and docs/api.md from the types
 	$(BIN)/python -m sonoforge_operator.crd
 
 .PHONY: format
@@ -39,7 +39,7 @@ format: $(VENV)/ready ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 .PHONY: cluster-programs
-cluster-programs: $(VENV)/ready ## Build the programs of the test cluster where they are missing (10 minutes, once a machine)
+cluster-programs: $(VENV)/ready ## Build the programs of the test cluster where they are missing (15 minutes, once a machine)
 	@$(BIN)/python tests/cluster/binaries.py
 
 .PHONY: cluster
@@ -53,6 +53,10 @@ cluster-stop: $(VENV)/ready ## End what `make cluster` started (so does Ctrl-C)
 .PHONY: bench
 bench: $(VENV)/ready $(VENV)-bench/ready ## Measure speed as ratios against named peers, and print the table
 	$(BIN)/python benchmarks/run.py
+
+.PHONY: bench-eval
+bench-eval: $(VENV)/ready ## Evaluation: feature passes, images/s, seconds a protocol, 52 linear heads at once
+	$(BIN)/python benchmarks/evaluation.py
 
 .PHONY: bench-operator
 bench-operator: $(VENV)/ready cluster-programs ## 1,000 jobs at once on a real control plane, then a restart with 5,000; figures beside their goals

@@ -54,6 +54,16 @@ RULES = (
         for size in ("globalSize", "localSize")
     ),
     Rule(
+        contract.Baseline,
+        rule="self.kind != 'weights' || has(self.uri)",
+        message="a baseline of kind weights needs its file; give uri",
+    ),
+    Rule(
+        contract.Baseline,
+        rule="self.kind == 'weights' || !has(self.uri)",
+        message="uri goes with kind weights only; change the kind or remove uri",
+    ),
+    Rule(
         api.Toleration,
         rule="self.operator != 'Exists' || !has(self.value) || self.value == ''",
         message="operator Exists compares no value; remove the value or use Equal",
@@ -68,6 +78,7 @@ RULES = (
 
 LISTS: Mapping[tuple[type[Part], str], tuple[str, ...]] = {
     (api.EvalSuiteSpec, "evaluations"): ("name",),
+    (api.EvalSuiteSpec, "baselines"): ("name",),
     (contract.Evaluation, "protocols"): (),
     (api.Images, "pullSecrets"): (),
     (api.Limits, "queues"): (),

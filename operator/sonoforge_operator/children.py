@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from sonoforge_operator.api import JobFile
 from sonoforge_operator.observed import Child, ChildFact, Observed
-from sonoforge_operator.status import EvaluationStatus, JobStatus, request_of, requests_of
+from sonoforge_operator.status import EvaluationStatus, JobStatus, request_of
+from sonoforge_trainer.contract import EvaluationRequest, baseline_evaluation
 
 
 def wanted_children(job: JobFile, status: JobStatus, observed: Observed, now: float) -> Iterator[Child]:
@@ -29,13 +30,24 @@ def wanted_children(job: JobFile, status: JobStatus, observed: Observed, now: fl
                 yield Child(evaluation_name(evaluation), "evaluation", request=request)
     for floor in status.floors:
         if floor.phase == "Running":  # then there is a checkpoint; which one makes no difference
-            named = tuple(e for e in job.evaluations if e.name == floor.name)
-            ((_, request),) = requests_of(status.checkpoints[0].ref, named)
-            yield Child(floor_name(floor), "floor", request=request)
+            yield Child(floor_name(floor), "floor", request=_floor_request(job, status, floor))
     if status.pruning:
         yield Child(retention_name(status), "retention", prune=status.pruning)
     if inventory_wanted(status, observed):
         yield Child(inventory_name(status), "inventory", from_step=max(0, status.durable_step))
+
+
+def _floor_request(job: JobFile, status: JobStatus, floor: EvaluationStatus) -> EvaluationRequest:
+    """What a model that does not change is asked; it is kept beside the checkpoints, so it names one of them."""
+    # Random weights take their architecture from it, so its teacher should not have been deleted.
+    ref = next((c.ref for c in status.sound if not c.pruned), status.checkpoints[0].ref)
+    evaluation = next(e for e in job.evaluations if e.name == floor.name)
+    baseline = next((b for b in job.baselines if b.name == floor.baseline), None)
+    asked = baseline_evaluation(baseline, evaluation) if baseline else evaluation
+    assert asked is not None, "what a baseline cannot do is not planned"
+    return EvaluationRequest(
+        checkpoint_uri=ref.uri, checkpoint_digest=ref.manifest_digest, evaluation=asked, baseline=baseline
+    )
 
 
 def _unless_held(child: Child, until: float, now: float, observed: Observed) -> Iterable[Child]:

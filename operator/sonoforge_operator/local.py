@@ -289,7 +289,7 @@ class LocalPort:
                 assert child.request is not None
                 request = self.folder / "children" / f"{child.name}.request.json"
                 write_atomically(request, child.request.to_json())
-                floors = ["--floors"] if child.kind == "floor" else []
+                floors = ["--floors"] if child.kind == "floor" and child.request.baseline is None else []
                 best_by = self.file.job.spec.evaluation.best_by
                 decides = [f"--best-by={best_by}"] if best_by and child.kind == "evaluation" else []
                 return [*python, "eval", *floors, *decides, "--request", str(request)]

@@ -25,7 +25,8 @@ class Child:
     index: int = 0
     """Number of the node, for a worker."""
     request: EvaluationRequest | None = None
-    """What to evaluate, for an evaluation; for a floor, what to run without any learning."""
+    """What to evaluate, for an evaluation; for a floor, what to run without any learning or on a
+    baseline."""
     prune: tuple[str, ...] = ()
     """Ids of the checkpoints to delete, for retention."""
     from_step: int = 0

@@ -15,6 +15,8 @@ from sonoforge_trainer.contract import (
     ContractError,
     Evaluation,
     Score,
+    baseline_evaluation,
+    baseline_request_id,
     canonical_json,
     is_validation_score,
     selection_score,
@@ -38,11 +40,12 @@ def follow_suite(at: Turn) -> Turn:
     )
     known = {f.id: f for f in at.status.floors}
     fresh = [EvaluationStatus(name=e.name, id=e.digest().removeprefix("sha256:")[:16]) for e in _with_floors(at.job)]
+    fresh += _of_baselines(at.job)
     return at.update(suite=suite, checkpoints=checkpoints, floors=tuple(known.get(f.id, f) for f in fresh))
 
 
 def score_checkpoints(at: Turn) -> Turn:
-    """Take over ended evaluations and start waiting ones: oldest checkpoint first, floors where none waits."""
+    """Take over ended evaluations and start waiting ones: oldest checkpoint first, floors and baselines last."""
     policy = at.spec.evaluation
     events: list[Event] = []
     checkpoints: list[CheckpointStatus] = []
@@ -56,9 +59,11 @@ def score_checkpoints(at: Turn) -> Turn:
         checkpoints.append(checkpoint.model_copy(update={"evaluations": tuple(evaluations)}))
     floors = []
     for floor in at.status.floors:
-        after = _advance(floor, at.observed.children.get(floor_name(floor)), policy.retries, prefix="")
+        prefix = f"{floor.baseline}:{floor.name}-" if floor.baseline else ""
+        after = _advance(floor, at.observed.children.get(floor_name(floor)), policy.retries, prefix=prefix)
         floors.append(after)
-        events += _told(f"floors of {after.name}", floor, after, None)
+        who = f"baseline {after.baseline}, {after.name}" if after.baseline else f"floors of {after.name}"
+        events += _told(who, floor, after, None)
     running = sum(e.phase == "Running" for e in [*floors, *(e for c in checkpoints for e in c.evaluations)])
     for number, checkpoint in enumerate(checkpoints):
         started = _started(checkpoint.evaluations, policy.parallel - running)
@@ -97,6 +102,7 @@ def _mark_best(at: Turn, best: str | None, score: float | None, compared: float 
 
 def _suite_digest(job: JobFile) -> str:
     asked = [[e.document() for e in job.evaluations], job.job.spec.evaluation.floors]
+    asked += [[b.document() for b in job.baselines]] if job.baselines else []
     return hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:16]
 
 
@@ -116,6 +122,16 @@ def _with_floors(job: JobFile) -> list[Evaluation]:
     if not job.job.spec.evaluation.floors:
         return []
     return [e for e in job.evaluations if set(e.protocols) != {"health"}]
+
+
+def _of_baselines(job: JobFile) -> list[EvaluationStatus]:
+    """Every evaluation that a baseline of the suite can do."""
+    return [
+        EvaluationStatus(name=e.name, id=baseline_request_id(baseline, asked), baseline=baseline.name)
+        for baseline in job.baselines
+        for e in job.evaluations
+        if (asked := baseline_evaluation(baseline, e)) is not None
+    ]
 
 
 def _started(evaluations: tuple[EvaluationStatus, ...], free: int) -> tuple[EvaluationStatus, ...]:

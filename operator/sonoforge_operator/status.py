@@ -108,12 +108,14 @@ class Goodput(Part):
 
 
 class EvaluationStatus(Part):
-    """One evaluation of one checkpoint, or the floors of one evaluation."""
+    """One evaluation of one checkpoint or baseline, or the floors of one evaluation."""
 
     name: str
     """Name of the evaluation in the suite."""
     id: str
-    """Identity: the digest of checkpoint and evaluation."""
+    """Identity: the digest of model and evaluation."""
+    baseline: str = ""
+    """Name of the suite's baseline that is measured. Empty: a checkpoint, or the floors."""
     phase: EvaluationPhase = "Pending"
     """Where it stands."""
     failures: int = 0
@@ -121,7 +123,8 @@ class EvaluationStatus(Part):
     lost: int = 0
     """Times it was killed from outside, which does not count as failing."""
     scores: dict[str, Score] = {}
-    """NAME-PROTOCOL/METRIC to score, NAME-PROTOCOL/val_METRIC on validation; floors: FLOOR:NAME-PROTOCOL/METRIC."""
+    """NAME-PROTOCOL/METRIC to score, NAME-PROTOCOL/val_METRIC on validation; floors and baselines:
+    MODEL:NAME-PROTOCOL/METRIC."""
     reason: str = ""
     """Why it failed."""
 
@@ -234,7 +237,7 @@ class JobStatus(Part):
     suite: str = ""
     """Digest of the evaluations that the checkpoints have; where the job asks for others, they follow."""
     floors: tuple[EvaluationStatus, ...] = ()
-    """For each evaluation, the same protocols without any learning."""
+    """For each evaluation, the same protocols without any learning, and on each baseline of the suite."""
     pruning: tuple[str, ...] = ()
     """Ids of the checkpoints whose training state is being deleted."""
     retention: Tries = Tries()

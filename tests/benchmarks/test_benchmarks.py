@@ -57,3 +57,13 @@ def test_a_partial_table_is_not_kept() -> None:
     done = run("benchmarks/run.py", "--write", "--quick")
     assert done.returncode == 2
     assert "--write takes the whole table" in done.stderr
+
+
+def test_a_suite_of_fourteen_evaluations_costs_a_pass_for_each_set() -> None:
+    done = run("benchmarks/evaluation.py", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["passes"] == {"checkpoint": 3, "pixels": 3}
+    assert record["evaluations"] == {"checkpoint": 14, "pixels": 14}
+    assert record["heads_ratio"] > 0
+    assert set(record["seconds"]) == {"knn", "linear", "logreg", "fewshot", "segment-probe", "health"}

@@ -127,6 +127,22 @@ def test_a_sample_is_accepted_by_the_server_with_every_field_known(kubectl, samp
             'Duplicate value: {"name":"planes"}',
         ),
         (
+            changed(SUITE, baselines=[{"name": "dinov2", "kind": "weights"}]),
+            "a baseline of kind weights needs its file; give uri",
+        ),
+        (
+            changed(SUITE, baselines=[{"name": "random", "kind": "random", "uri": "s3://b/a.pth"}]),
+            "uri goes with kind weights only; change the kind or remove uri",
+        ),
+        (
+            changed(SUITE, baselines=[{"name": "same", "kind": kind} for kind in ("hog", "random")]),
+            'Duplicate value: {"name":"same"}',
+        ),
+        (
+            changed(JOB, training__init={"uri": "https://host/dinov2.pth"}),
+            "spec.training.init.uri in body should match",
+        ),
+        (
             changed(RUNTIME, workers__tolerations=[{"key": "a", "operator": "Exists", "value": "b"}]),
             "operator Exists compares no value; remove the value or use Equal",
         ),

@@ -251,3 +251,41 @@ def test_a_config_survives_its_own_document():
 def test_configs_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         ModelConfig().depth = 3
+
+
+def test_a_job_without_init_keeps_the_digest_that_it_had_before_there_was_one():
+    """So that a run that goes on under a newer version finds its checkpoints."""
+    assert "init" not in TrainConfig.resolve({"data": {"shards": "s3://bucket/shards.json"}}).document()
+
+
+def test_the_weights_to_start_from_are_part_of_the_digest():
+    documents = [
+        {"data": {"shards": "s3://bucket/shards.json"}, **more}
+        for more in (
+            {},
+            {"init": {"uri": "s3://bucket/a.pth"}},
+            {"init": {"uri": "s3://bucket/b.pth"}},
+            {"init": {"uri": "s3://bucket/a.pth", "sha256": "sha256:" + "0" * 64}},
+            {"init": {"uri": "s3://bucket/a.pth", "freezeBackboneSamples": 0}},
+        )
+    ]
+    assert len({TrainConfig.resolve(document).digest() for document in documents}) == 5
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        (
+            {"uri": "https://host/a.pth"},
+            r"training\.init\.uri: found 'https://host/a\.pth'\. Allowed: .*safetensors\|pth",
+        ),
+        ({"uri": "s3://bucket/a.pth", "sha256": "abc"}, r"training\.init\.sha256: found 'abc'"),
+        (
+            {"uri": "s3://bucket/a.pth", "freezeBackboneSamples": 256_000_000},
+            r"training\.init\.freezeBackboneSamples: found 256000000\. Allowed: at most recipe\.budgetSamples 256",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_started_from_are_refused_by_field(init, message):
+    with pytest.raises(ContractError, match=message):
+        TrainConfig.resolve({"data": {"shards": "s3://bucket/shards.json"}, "init": init})

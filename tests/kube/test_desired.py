@@ -20,7 +20,7 @@ from sonoforge_operator.cluster.desired import (
 from sonoforge_operator.cluster.names import Key, Names
 from sonoforge_operator.observed import Child
 from sonoforge_operator.status import request_of, requests_of
-from sonoforge_trainer.contract import CheckpointRef
+from sonoforge_trainer.contract import Baseline, CheckpointRef
 
 REF = CheckpointRef(
     step=100,
@@ -164,3 +164,19 @@ def test_no_name_exceeds_what_the_api_takes(name, uid, attempt):
 def test_two_jobs_of_one_name_share_no_name(first, second):
     if first != second:
         assert Names(Key("n", "x"), first).base != Names(Key("n", "x"), second).base
+
+
+def test_a_baseline_is_evaluated_by_its_request_and_not_as_a_floor():
+    """Both are models that do not change; only floors are told apart by a flag."""
+    _, request = next(requests_of(REF, file().evaluations))
+    baseline = Baseline(name="dinov2", kind="weights", uri="s3://bucket/dinov2.pth")
+    commands = {}
+    for name, asked in (("floors", request), ("baseline", request.model_copy(update={"baseline": baseline}))):
+        made = small_job(cluster_job(), Child(f"floor-{name}", "floor", request=asked), owner={})
+        (container,) = made["spec"]["template"]["spec"]["containers"]
+        commands[name] = container["command"] + container.get("args", [])
+        annotation = made["spec"]["template"]["metadata"]["annotations"]
+        assert any(asked.to_json() == value for value in annotation.values())
+    assert "--floors" in commands["floors"]
+    assert "--floors" not in commands["baseline"]
+    assert [part for part in commands["floors"] if part != "--floors"] == commands["baseline"]

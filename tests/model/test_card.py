@@ -56,12 +56,14 @@ def test_the_card_says_what_the_backbone_is_and_expects(card):
         "inChannels": 1,
         "ffn": "mlp",
         "posEmbed": "antialias",
+        "positions": "table",
         "mean": [0.1842924807],
         "std": [0.2187705424],
         "resolution": 48,
         "dataDigest": MANIFEST.dataset_digest,
         "configDigest": TINY.digest(),
         "samples": 320,
+        "source": None,
         "syntheticData": True,
     }
 

@@ -11,7 +11,14 @@ from sonoforge_trainer.optim import AdamW, Layout, clip, flat_norm, update_rule,
 from sonoforge_trainer.schedule import ScheduleValues
 
 FINITE = torch.tensor(True)
-VALUES = ScheduleValues(lr=3e-3, last_layer_lr=0.0, weight_decay=0.3, teacher_momentum=0.9, teacher_temperature=0.04)
+VALUES = ScheduleValues(
+    lr=3e-3,
+    last_layer_lr=0.0,
+    backbone_lr=3e-3,
+    weight_decay=0.3,
+    teacher_momentum=0.9,
+    teacher_temperature=0.04,
+)
 
 
 def student():

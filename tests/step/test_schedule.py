@@ -80,3 +80,27 @@ def test_a_length_that_is_no_multiple_of_the_batch_never_passes_the_peak():
     assert max(rates) <= peak
     assert rates[:4] == sorted(rates[:4])
     assert rates[3] == peak
+
+
+def test_without_weights_to_start_from_the_backbone_learns_from_the_first_step():
+    schedules = Schedules(DINOV2_SHORT)
+    assert all(schedules.at(step).backbone_lr == schedules.at(step).lr for step in (0, 1, 1250, 62_500))
+
+
+@pytest.mark.parametrize(
+    ("given", "frozen", "ramp"),
+    [({}, 12_500, 2_500), ({"freezeBackboneSamples": 0, "rampBackboneSamples": 0}, 0, 0)],
+)
+def test_in_continued_pretraining_the_heads_learn_first_and_the_backbone_then_ramps_up(given, frozen, ramp):
+    """Steps of 2048 images: a tenth of 125,000 steps frozen, then a fiftieth of growing."""
+    init = {"uri": "file:///data/weights.safetensors", **given}
+    schedules = Schedules(TrainConfig.resolve({"data": SHARDS, "recipe": {"preset": "dinov2-short"}, "init": init}))
+    factors = {}
+    for step in (frozen - 1, frozen, frozen + ramp // 2, frozen + ramp, 100_000):
+        values = schedules.at(max(step, 1))
+        assert values.lr > 0
+        factors[step] = values.backbone_lr / values.lr
+    if frozen:
+        assert factors[frozen - 1] == factors[frozen] == 0
+        assert factors[frozen + ramp // 2] == pytest.approx(0.5)
+    assert factors[frozen + ramp] == factors[100_000] == 1

@@ -11,6 +11,7 @@ from sonoforge_trainer.contract.checkpoint import ModelCard
 from sonoforge_trainer.contract.config import ARCHS, ModelConfig, TrainConfig
 from sonoforge_trainer.contract.shards import ShardManifest
 from sonoforge_trainer.model import Backbone
+from sonoforge_trainer.relative import RelativeBackbone, grid_of_table
 
 REPORTED_KEYS = 20
 """Keys that a report names for each kind of fault."""
@@ -42,6 +43,17 @@ def model_card(training: TrainConfig, manifest: ShardManifest, samples: int) -> 
 def backbone_from_card(card: ModelCard, tensors: Mapping[str, Tensor]) -> Backbone:
     """Build the backbone of a card from its tensors (names of `Backbone.state_dict`), in fp32 and eval mode.
 
+    Raises what `empty_backbone` raises.
+    """
+    backbone = empty_backbone(card, tensors)
+    copies = {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    backbone.load_state_dict(copies, strict=True, assign=True)
+    return backbone.eval()
+
+
+def empty_backbone(card: ModelCard, tensors: Mapping[str, Tensor]) -> Backbone:
+    """The backbone that these tensors fit exactly, on the meta device: nothing is copied.
+
     Raises ValueError where the card contradicts its architecture, and where the tensors are not exactly those of the
     backbone; the message lists missing and unexpected keys and wrong shapes.
     """
@@ -62,7 +74,7 @@ def backbone_from_card(card: ModelCard, tensors: Mapping[str, Tensor]) -> Backbo
         pos_embed=card.pos_embed,
     )
     with torch.device("meta"):
-        backbone = Backbone(config, card.resolution)
+        backbone = _backbone(config, card, tensors)
     expected = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
     faults = key_report(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if faults:
@@ -70,9 +82,16 @@ def backbone_from_card(card: ModelCard, tensors: Mapping[str, Tensor]) -> Backbo
             f"the tensors are not those of the model card's {card.arch}/{card.patch_size} at {card.resolution} px; "
             f"find the teacher that belongs to this card\n{faults}"
         )
-    copies = {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in tensors.items()}
-    backbone.load_state_dict(copies, strict=True, assign=True)
-    return backbone.eval()
+    return backbone
+
+
+def _backbone(config: ModelConfig, card: ModelCard, tensors: Mapping[str, Tensor]) -> Backbone:
+    if card.positions == "table":
+        return Backbone(config, card.resolution)
+    table = tensors.get("blocks.0.attn.relative_table")
+    if table is None:
+        raise ValueError("the model card says relative positions, but blocks.0.attn.relative_table is missing")
+    return RelativeBackbone(config, card.resolution, grid_of_table(len(table)))
 
 
 def key_report(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

@@ -126,6 +126,7 @@ class Journal:
         rate = self.clock.samples_per_second(training.recipe.global_batch)
         found: dict[str, Any] = {
             "lr": report.schedule.lr,
+            **({"backbone_lr": report.schedule.backbone_lr} if training.init else {}),
             "weight_decay": report.schedule.weight_decay,
             "teacher_momentum": report.schedule.teacher_momentum,
             "teacher_temperature": report.schedule.teacher_temperature,

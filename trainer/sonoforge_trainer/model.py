@@ -265,13 +265,13 @@ class Backbone(nn.Module):
         if mask is not None:
             x_ntd = torch.where(mask.unsqueeze(-1), self.mask_token.to(x_ntd.dtype), x_ntd)
         x_ntd = torch.cat([self.cls_token.expand(n, -1, -1), x_ntd], dim=1)
-        x_ntd = x_ntd + self._positions(height // size, width // size)
+        x_ntd = x_ntd + self.positions(height // size, width // size)
         if self.register_tokens is not None:
             # Registers have no position, so they come in after it is added.
             x_ntd = torch.cat([x_ntd[:, :1], self.register_tokens.expand(n, -1, -1), x_ntd[:, 1:]], dim=1)
         return x_ntd
 
-    def _positions(self, rows: int, columns: int) -> Tensor:
+    def positions(self, rows: int, columns: int) -> Tensor:
         """The position table resized to a patch grid, [1, 1 + rows * columns, d], in fp32."""
         if rows == columns == self.grid:
             return self.pos_embed

@@ -152,11 +152,18 @@ class AdamW:
                 amsgrad=False,
                 beta1=self._betas[0],
                 beta2=self._betas[1],
-                lr=rule.lr_factor * (values.last_layer_lr if rule.last_layer else values.lr),
+                lr=rule.lr_factor * rate_of(rule, values),
                 weight_decay=values.weight_decay if rule.decays else 0.0,
                 eps=EPSILON,
                 maximize=False,
             )
+
+
+def rate_of(rule: UpdateRule, values: ScheduleValues) -> float:
+    """The schedule's learning rate for parameters with this rule, before their factor."""
+    if rule.module == "backbone":
+        return values.backbone_lr
+    return values.last_layer_lr if rule.last_layer else values.lr
 
 
 def clip(layout: Layout, gradients: Tensor, limit: float, by: Literal["module", "global"]) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ class ScheduleValues:
     """Learning rate before the factors of layers."""
     last_layer_lr: float
     """Learning rate of the prototype layer: 0 while it is frozen, then `lr`."""
+    backbone_lr: float
+    """Learning rate of the backbone: 0 while it is frozen, then a ramp to `lr`. `lr` where no weights are given."""
     weight_decay: float
     """AdamW weight decay."""
     teacher_momentum: float
@@ -55,6 +57,13 @@ def learning_rate(samples: int, *, peak: float, end: float, warmup: int, length:
     return cosine(samples - warmup, start=peak, end=end, length=length - warmup)
 
 
+def thaw(samples: int, *, frozen: int, ramp: int) -> float:
+    """Factor of the backbone's learning rate in continued pretraining: 0 for `frozen` samples, then a line to 1."""
+    if samples < frozen:
+        return 0.0
+    return min(1.0, (samples - frozen) / ramp) if ramp else 1.0
+
+
 class Schedules:
     """All schedules of a run."""
 
@@ -64,6 +73,9 @@ class Schedules:
         self._batch = recipe.global_batch
         self._length = recipe.budget_samples
         self._schedule = recipe.schedule
+        init, budget = training.init, recipe.budget_samples
+        self._frozen = init.frozen_samples(budget) if init else 0
+        self._ramp = init.ramp_samples(budget) if init else 0
         self._min_lr = recipe.optim.min_lr
         self._peak_lr = recipe.optim.base_lr * math.sqrt(recipe.global_batch / LR_BATCH)
 
@@ -84,6 +96,7 @@ class Schedules:
         return ScheduleValues(
             lr=lr,
             last_layer_lr=0.0 if samples < schedule.freeze_last_layer_samples else lr,
+            backbone_lr=lr * thaw(samples, frozen=self._frozen, ramp=self._ramp),
             weight_decay=cosine(samples, start=decay_start, end=decay_end, length=self._length),
             teacher_momentum=cosine(samples, start=momentum_start, end=momentum_end, length=self._length),
             teacher_temperature=linear(

@@ -65,6 +65,19 @@ class TrainState:
         if recipe.loss.centering == "ema":
             self.center_2k = torch.zeros(len(CENTERS), recipe.head.prototypes, device=device)
 
+    def start_from(self, backbone: Mapping[str, Tensor]) -> None:
+        """Replace the backbones of student and teacher, before step 0; names as of `Backbone.state_dict`.
+
+        The heads stay as they are: the teacher's are a copy of the student's. The tensors must fit: see `weights.fit`.
+        """
+        for networks in (self.student, self.teacher):
+            own = dict(networks.backbone.named_parameters())
+            assert own.keys() == backbone.keys()
+            with torch.no_grad():
+                for name, parameter in own.items():
+                    assert parameter.shape == backbone[name].shape, name
+                    parameter.copy_(backbone[name])
+
     def tensors(self) -> dict[str, Tensor]:
         """The whole state by name. The tensors share its memory: copy them before the next step.
 

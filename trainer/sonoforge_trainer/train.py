@@ -39,6 +39,7 @@ from sonoforge_trainer.contract import (
     ExitCode,
     RunConfig,
     ShardManifest,
+    TrainConfig,
     load_yaml,
 )
 from sonoforge_trainer.coordinator_client import ProgressPublisher
@@ -50,6 +51,8 @@ from sonoforge_trainer.state import TrainState
 from sonoforge_trainer.step import Step, StepOutput, StepReport
 from sonoforge_trainer.storage import Storage
 from sonoforge_trainer.stream import Stream
+from sonoforge_trainer.weights.fit import fitted_to
+from sonoforge_trainer.weights.loading import load_weights
 from sonoforge_trainer.wishes import StopRequestedError, Wishes
 
 log = structlog.get_logger(__name__)
@@ -120,6 +123,19 @@ def read_manifest(config: RunConfig, storage: Storage) -> ShardManifest:
     return manifest
 
 
+def start(state: TrainState, training: TrainConfig, storage: Storage) -> None:
+    """Put a new state where the run starts: at the weights of `training.init`, if there are any.
+
+    Every process reads the file, so all have the same. Raises ContractError, WeightsError, StorageError.
+    """
+    init = training.init
+    if init is None:
+        return
+    weights = load_weights(init.uri, storage, sha256=init.sha256, mean=init.mean, std=init.std)
+    state.start_from(fitted_to(weights, training).tensors)
+    log.info("started-from-weights", layout=weights.translated.layout, sha256=weights.sha256)
+
+
 class Run:
     """One process of one process group, from joining to leaving."""
 
@@ -178,6 +194,8 @@ class Run:
             self._state.load_tensors(loaded.tensors)
             self.step = loaded.ref.step
             log.info("restored", id=loaded.ref.id, step=self.step, world_size=self.ranks.world_size)
+        else:
+            start(self._state, self.training, checkpoints.storage)
         first = self.ranks.rank == 0
         self._journal.begin(
             loaded.ref.step if loaded else None,

@@ -7,7 +7,7 @@ from sonoforge_operator.api.fields import API_VERSION, GROUP, VERSION, NameRef, 
 from sonoforge_operator.api.job import EvaluationPolicy, PretrainJob, PretrainJobSpec, RestartPolicy, Workers
 from sonoforge_operator.api.reading import JobFile, check_best_by, parse_job, parse_job_file, parse_runtime, parse_suite
 from sonoforge_operator.api.runtime import Images, Limits, Network, PodSettings, PretrainRuntimeSpec, Toleration
-from sonoforge_operator.api.suite import EvalSuiteSpec
+from sonoforge_trainer.contract import EvalSuiteSpec
 
 __all__ = [
     "API_VERSION",

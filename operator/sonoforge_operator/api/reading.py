@@ -11,6 +11,7 @@ from sonoforge_operator.api.runtime import PretrainRuntime, PretrainRuntimeSpec
 from sonoforge_operator.api.suite import EvalSuite
 from sonoforge_trainer.contract import (
     VALIDATION_PREFIX,
+    Baseline,
     ContractError,
     Evaluation,
     Part,
@@ -30,6 +31,8 @@ class JobFile(Part):
     """Its runtime."""
     evaluations: tuple[Evaluation, ...] = ()
     """The evaluations of its suite."""
+    baselines: tuple[Baseline, ...] = ()
+    """The models of its suite that checkpoints are compared with."""
 
     def run_config(self, uid: str) -> RunConfig:
         """The configuration file of the trainer."""
@@ -89,6 +92,7 @@ def parse_job_file(text: str, *, where: str) -> JobFile:
         job=job,
         runtime=runtime.spec if runtime else PretrainRuntimeSpec(),
         evaluations=suite.spec.evaluations if suite else (),
+        baselines=suite.spec.baselines if suite else (),
     )
     check_best_by(job.spec.evaluation, file.evaluations, where=f"{where}: PretrainJob.spec.evaluation.bestBy")
     return file

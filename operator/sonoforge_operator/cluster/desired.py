@@ -248,7 +248,7 @@ def small_job(job: ClusterJob, child: Child, owner: Manifest) -> Manifest:
             annotations[ANNOTATION_REQUEST] = child.request.to_json()
             best_by = job.file.job.spec.evaluation.best_by
             decides = (f"--best-by={best_by}",) if best_by and child.kind == "evaluation" else ()
-            floors = ("--floors",) if child.kind == "floor" else ()
+            floors = ("--floors",) if child.kind == "floor" and child.request.baseline is None else ()
             command = ("eval", *floors, *decides, "--request", REQUEST_FILE)
     plan = PodPlan(
         part=part,

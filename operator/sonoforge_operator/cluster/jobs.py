@@ -20,7 +20,7 @@ from sonoforge_operator.cluster.desired import ClusterJob
 from sonoforge_operator.cluster.names import Key, Names
 from sonoforge_operator.cluster.store import Store, key_of
 from sonoforge_operator.limits import narrow
-from sonoforge_trainer.contract import ContractError, Evaluation
+from sonoforge_trainer.contract import ContractError, EvalSuiteSpec
 
 DEFAULT_RUNTIME = "default"
 """The PretrainRuntime of a job that names none."""
@@ -52,7 +52,13 @@ def resolve(manifest: Mapping[str, Any], store: Store, coordinators: Coordinator
     key, uid = key_of(manifest), str(manifest["metadata"].get("uid", ""))
     try:
         job = parse_job(manifest, where="PretrainJob")
-        file = JobFile(job=job, runtime=_runtime(job, key, store), evaluations=_evaluations(job, key, store))
+        suite = _suite(job, key, store)
+        file = JobFile(
+            job=job,
+            runtime=_runtime(job, key, store),
+            evaluations=suite.evaluations if suite else (),
+            baselines=suite.baselines if suite else (),
+        )
         narrow(job, file.runtime)
         check_best_by(job.spec.evaluation, file.evaluations, where="PretrainJob.spec.evaluation.bestBy")
         _check_storage(file)
@@ -89,11 +95,11 @@ def _runtime(job: PretrainJob, key: Key, store: Store) -> PretrainRuntimeSpec:
     return parse_runtime(_named("PretrainRuntime", name, "runtimeRef", key, store)).spec
 
 
-def _evaluations(job: PretrainJob, key: Key, store: Store) -> tuple[Evaluation, ...]:
+def _suite(job: PretrainJob, key: Key, store: Store) -> EvalSuiteSpec | None:
     ref = job.spec.evaluation.suite_ref
     if ref is None:
-        return ()
-    return parse_suite(_named("EvalSuite", ref.name, "evaluation.suiteRef", key, store)).spec.evaluations
+        return None
+    return parse_suite(_named("EvalSuite", ref.name, "evaluation.suiteRef", key, store)).spec
 
 
 def _named(kind: str, name: str, field: str, key: Key, store: Store) -> Mapping[str, Any]:
@@ -120,7 +126,10 @@ def _check_storage(file: JobFile) -> None:
         "PretrainJob.spec.training.data.shards": spec.training.data.shards,
         "PretrainJob.spec.checkpoints.uri": spec.checkpoints.uri,
         **{f"EvalSuite.spec.evaluations[{e.name}].shards": e.shards for e in file.evaluations},
+        **{f"EvalSuite.spec.baselines[{b.name}].uri": b.uri for b in file.baselines if b.uri},
     }
+    if spec.training.init:
+        places["PretrainJob.spec.training.init.uri"] = spec.training.init.uri
     for field, uri in places.items():
         if not uri.startswith("s3://"):
             raise ContractError(

@@ -20,11 +20,13 @@ import structlog
 from sonoforge_trainer.checkpoint.errors import (
     AllCheckpointsDamagedError,
     DamagedCheckpointError,
+    ForeignCheckpointError,
     UnknownCheckpointError,
 )
 from sonoforge_trainer.checkpoint.identity import RunIdentity, utc_text
 from sonoforge_trainer.contract import (
     COMMIT,
+    IMPORTED,
     MANIFEST,
     METRICS,
     MODEL_CARD,
@@ -192,6 +194,10 @@ class CheckpointStore:
         if self.identity is not None:
             self.identity.require(manifest, ref.uri)
         names = [stored for stored in manifest.objects if stored.name.startswith("state-")]
+        if not names:
+            raise ForeignCheckpointError(
+                f"checkpoint {ref.uri} is of imported weights, which no training continues from"
+            )
         with ThreadPoolExecutor(min(_READERS, len(names)), "checkpoint-read") as readers:
             parts = tuple(readers.map(lambda stored: self._read_tensor_file(ref.uri, stored), names))
         return LoadedCheckpoint(ref, manifest, merge(ref.uri, parts), parts)
@@ -303,7 +309,8 @@ def manifest_fault(manifest: CheckpointManifest) -> str | None:
         return f"{MANIFEST} lists an object that is not a part of a checkpoint"
     if len(set(names)) != len(names):
         return f"{MANIFEST} lists an object twice"
-    if not {TEACHER, MODEL_CARD} <= set(names) or not any(name.startswith("state-") for name in names):
+    has_state = any(name.startswith("state-") for name in names) or manifest.extra.get(IMPORTED) is True
+    if not {TEACHER, MODEL_CARD} <= set(names) or not has_state:
         return f"{MANIFEST} does not list a state, {TEACHER} and {MODEL_CARD}"
     return None
 

@@ -12,19 +12,23 @@ from sonoforge_trainer.contract.base import (
     load_yaml_documents,
     refuse,
 )
+from sonoforge_trainer.contract.baseline import FLOORS, Baseline
 from sonoforge_trainer.contract.checkpoint import (
     COMMIT,
+    IMPORTED,
     MANIFEST,
     METRICS,
     MODEL_CARD,
     QUARANTINE,
     TEACHER,
+    CardSource,
     CheckpointManifest,
     CheckpointRef,
     ModelCard,
     StoredObject,
     checkpoint_prefix,
     parse_prefix,
+    run_uri,
 )
 from sonoforge_trainer.contract.config import (
     ARCHS,
@@ -55,6 +59,7 @@ from sonoforge_trainer.contract.evaluation import (
     EvaluationResult,
     Protocol,
     Score,
+    baseline_request_id,
     is_validation_score,
     selection_score,
     split_score,
@@ -80,8 +85,10 @@ from sonoforge_trainer.contract.exits import (
     ExitCode,
     Termination,
 )
+from sonoforge_trainer.contract.init import InitConfig
 from sonoforge_trainer.contract.progress import Activity, Progress, Request
 from sonoforge_trainer.contract.shards import Shard, ShardManifest, dataset_digest
+from sonoforge_trainer.contract.suite import EvalSuiteSpec, baseline_evaluation, read_suite, suite_requests
 from sonoforge_trainer.contract.summary import CheckpointSummary, RunEvent, RunSummary
 
 __all__ = [
@@ -93,6 +100,8 @@ __all__ = [
     "ENV_STORE",
     "ENV_TERMINATION_LOG",
     "ENV_TOKEN_FILE",
+    "FLOORS",
+    "IMPORTED",
     "MANIFEST",
     "METRICS",
     "MODEL_CARD",
@@ -106,6 +115,8 @@ __all__ = [
     "ArchShape",
     "Artifacts",
     "AugmentConfig",
+    "Baseline",
+    "CardSource",
     "CheckpointConfig",
     "CheckpointManifest",
     "CheckpointRef",
@@ -113,6 +124,7 @@ __all__ = [
     "ContractError",
     "CropsConfig",
     "DataConfig",
+    "EvalSuiteSpec",
     "Evaluation",
     "EvaluationRequest",
     "EvaluationResult",
@@ -121,6 +133,7 @@ __all__ = [
     "ExitCode",
     "Gallery",
     "HeadConfig",
+    "InitConfig",
     "LossConfig",
     "MaskConfig",
     "Misfit",
@@ -147,6 +160,8 @@ __all__ = [
     "StoredObject",
     "Termination",
     "TrainConfig",
+    "baseline_evaluation",
+    "baseline_request_id",
     "canonical_json",
     "checkpoint_prefix",
     "dataset_digest",
@@ -155,8 +170,11 @@ __all__ = [
     "load_yaml_documents",
     "parse_prefix",
     "preset",
+    "read_suite",
     "refuse",
+    "run_uri",
     "selection_score",
     "split_score",
+    "suite_requests",
     "validation_score",
 ]

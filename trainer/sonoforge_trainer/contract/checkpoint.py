@@ -23,6 +23,17 @@ MANIFEST, COMMIT, TEACHER, MODEL_CARD = "manifest.json", "COMMIT", "teacher.safe
 METRICS = "metrics.jsonl"
 QUARANTINE = "QUARANTINE"
 """Object that marks a checkpoint as damaged; its body says why. Nothing of a quarantined checkpoint is deleted."""
+IMPORTED = "imported"
+"""Entry of a manifest's `extra` that marks weights of others: a checkpoint to evaluate, without a training state."""
+
+
+class CardSource(Part):
+    """Where a backbone comes from that no run of Sonoforge made."""
+
+    layout: str
+    """Whose names its tensors had: dinov2, timm, huggingface, usfm or vit."""
+    sha256: Sha256
+    """Digest of the file."""
 
 
 class ModelCard(Part):
@@ -48,18 +59,22 @@ class ModelCard(Part):
     """Feed-forward layer."""
     pos_embed: Literal["offset", "antialias"]
     """How position embeddings are resized."""
+    positions: Literal["table", "relative"] = "table"
+    """`relative`: attention also has a bias by relative position (BEiT, USFM). For evaluation only."""
     mean: tuple[float, ...]
     """Mean of each channel, of images scaled to 0..1."""
     std: tuple[float, ...]
     """Standard deviation of each channel."""
     resolution: int
     """Side in pixels of the square input it was trained at."""
-    data_digest: Sha256
-    """The data set it was trained on."""
-    config_digest: Sha256
-    """The TrainConfig it was trained with."""
-    samples: int
-    """Images seen."""
+    data_digest: Sha256 | None = None
+    """The data set it was trained on. None where no run of Sonoforge made it."""
+    config_digest: Sha256 | None = None
+    """The TrainConfig it was trained with. None where no run of Sonoforge made it."""
+    samples: int = 0
+    """Images seen in a run of Sonoforge."""
+    source: CardSource | None = None
+    """The file it was read from, where no run of Sonoforge made it."""
     synthetic_data: bool = False
     """True where it learned from generated images."""
 
@@ -146,3 +161,9 @@ def parse_prefix(uri: str) -> tuple[int, str] | None:
     """(step, attempt) of an object or prefix below a checkpoint, or None."""
     match = _PREFIX.search(uri)
     return (int(match[1]), match[2]) if match else None
+
+
+def run_uri(prefix: str) -> str:
+    """The URI below which a checkpoint's run keeps everything; that of imported weights is their own."""
+    match = _PREFIX.search(prefix)
+    return prefix[: match.start()] if match else prefix

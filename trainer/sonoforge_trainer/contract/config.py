@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from sonoforge_trainer.contract.base import ContractError, Misfit, Part, load_yaml, ordered, refuse
+from sonoforge_trainer.contract.init import InitConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -303,6 +304,8 @@ class TrainConfig(Part):
     """Where the images come from and how they are read."""
     recipe: Recipe = Recipe()
     """The training recipe."""
+    init: Annotated[InitConfig | None, Field(exclude_if=lambda init: init is None)] = None
+    """Weights to start from. Not given: random ones, by recipe.seed."""
 
     @classmethod
     def resolve(cls, document: object, *, where: str = "training") -> Self:
@@ -335,6 +338,17 @@ class TrainConfig(Part):
                     f"data.{name} has {len(values)} values for model.inChannels {model.in_channels}; "
                     "give one for each channel"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _the_backbone_learns_within_the_budget(self) -> Self:
+        if self.init is None:
+            return self
+        budget = self.recipe.budget_samples
+        frozen, ramp = self.init.frozen_samples(budget), self.init.ramp_samples(budget)
+        if frozen + ramp > budget:
+            allowed = f"at most recipe.budgetSamples {budget} less init.rampBackboneSamples {ramp}"
+            refuse(Misfit("init.freezeBackboneSamples", frozen, allowed))
         return self
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from sonoforge_trainer.contract.base import Part
+from sonoforge_trainer.contract.base import Part, canonical_json
+from sonoforge_trainer.contract.baseline import Baseline
+from sonoforge_trainer.contract.checkpoint import run_uri
 from sonoforge_trainer.contract.evidence import Artifacts
 from sonoforge_trainer.contract.shards import Sha256
 
@@ -90,16 +93,32 @@ class EvaluationRequest(Part):
     """Digest of the checkpoint's manifest."""
     evaluation: Evaluation
     """What to do."""
+    baseline: Annotated[Baseline | None, Field(exclude_if=lambda baseline: baseline is None)] = None
+    """The model to measure instead of the checkpoint; it is kept with the checkpoint's run, for all its checkpoints."""
 
     @property
     def id(self) -> str:
-        """First 16 hex digits of the digest: same checkpoint and same evaluation, same id."""
-        return self.digest().removeprefix("sha256:")[:16]
+        """First 16 hex digits of the digest: same model and same evaluation, same id."""
+        if self.baseline is None:
+            return self.digest().removeprefix("sha256:")[:16]
+        return baseline_request_id(self.baseline, self.evaluation)
+
+    @property
+    def model_uri(self) -> str:
+        """Prefix of the model that is measured: its features and results are kept below."""
+        if self.baseline is None:
+            return self.checkpoint_uri
+        return f"{run_uri(self.checkpoint_uri)}/baselines/{self.baseline.id}"
 
     @property
     def result_uri(self) -> str:
         """Where the complete result is kept."""
-        return f"{self.checkpoint_uri}/eval/{self.evaluation.name}-{self.id}.json"
+        return f"{self.model_uri}/eval/{self.evaluation.name}-{self.id}.json"
+
+
+def baseline_request_id(baseline: Baseline, evaluation: Evaluation) -> str:
+    """`EvaluationRequest.id` of a baseline, which is the same for every checkpoint."""
+    return hashlib.sha256(canonical_json([baseline.id, evaluation.document()]).encode()).hexdigest()[:16]
 
 
 class Score(Part):

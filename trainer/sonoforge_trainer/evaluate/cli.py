@@ -19,6 +19,7 @@ from sonoforge_trainer.checkpoint import DamagedCheckpointError
 from sonoforge_trainer.contract import (
     COMMIT,
     ContractError,
+    EvalSuiteSpec,
     Evaluation,
     EvaluationRequest,
     ExitCode,
@@ -27,8 +28,12 @@ from sonoforge_trainer.contract import (
     Termination,
     canonical_json,
     is_validation_score,
+    read_suite,
     selection_score,
 )
+from sonoforge_trainer.evaluate.errors import EvaluationDataError
+from sonoforge_trainer.shards.options import as_uri
+from sonoforge_trainer.storage import Storage
 
 _HEADLINES = ("balanced_accuracy", "f1_macro", "dice_foreground", "rankme", "accuracy", "auroc_macro")
 """Metrics that are never left out of a termination message; neither are the scores that they are selected by."""
@@ -44,6 +49,12 @@ _DIGITS = 6
 @click.option("--label", default="label", show_default=True, help="Field that holds the class.")
 @click.option("--where", multiple=True, help="FIELD=VALUE; use only these samples.")
 @click.option("--resolution", type=int, help="Side of the input in pixels. Default: the model card's.")
+@click.option(
+    "--suite",
+    "suite_file",
+    type=click.File("r"),
+    help="EvalSuite as YAML: all its evaluations, for the checkpoint and for each of its baselines.",
+)
 @click.option(
     "--floors", "only_floors", is_flag=True, help="Score raw pixels and other floors instead of a checkpoint."
 )
@@ -62,12 +73,15 @@ def command(
     label: str,
     where: tuple[str, ...],
     resolution: int | None,
+    suite_file: Any,
     only_floors: bool,
     best_by: str | None,
     device: str,
     threads: int | None,
 ) -> None:
     """Evaluate the checkpoint at CHECKPOINT_URI (the prefix that holds its COMMIT), or answer a --request.
+
+    A --suite is the whole comparison: the checkpoint and every baseline, on every data set of the suite.
 
     The result is kept beside the checkpoint below eval/, and one that is there already is not made again. Scores are
     printed as JSON.
@@ -78,32 +92,65 @@ def command(
     # stdout is for results. The stream is looked up for every line, because whoever calls may have replaced it.
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     with _explained():
-        from sonoforge_trainer.storage import Storage
-
         storage = Storage.from_env()
+        if suite_file is not None:
+            if not checkpoint_uri or request_file is not None or shards or only_floors:
+                raise ContractError("give --suite with a CHECKPOINT_URI, and without --request, --shards or --floors")
+            suite = read_suite(suite_file.read(), where=suite_file.name)
+            _limit_threads(threads)
+            _suite(suite, checkpoint_uri, storage, device)
+            return
         if request_file is not None:
             if checkpoint_uri or shards:
                 raise ContractError("give either --request, or CHECKPOINT_URI with --shards")
             request = EvaluationRequest.from_json(request_file.read(), where="request")
-            evaluation, uri, digest = request.evaluation, request.checkpoint_uri, request.checkpoint_digest
+            evaluation = request.evaluation
         else:
             evaluation = _evaluation(name, shards, protocols, label, where, resolution)
-            uri, digest = (checkpoint_uri or "").rstrip("/"), ""
+            uri = as_uri(checkpoint_uri) if checkpoint_uri else ""
         _limit_threads(threads)
         if only_floors:
             from sonoforge_trainer.evaluate.floors import floors
 
             scores = floors(evaluation, storage)
         else:
-            if not uri:
-                raise ContractError("give a CHECKPOINT_URI, a --request, or --floors")
             from sonoforge_trainer.evaluate.run import evaluate
 
-            digest = digest or storage.read(f"{uri}/{COMMIT}").decode("ascii", "replace").strip()
-            request = EvaluationRequest(checkpoint_uri=uri, checkpoint_digest=digest, evaluation=evaluation)
+            if request_file is None:
+                if not uri:
+                    raise ContractError("give a CHECKPOINT_URI, a --request, or --floors")
+                digest = _digest(uri, storage)
+                request = EvaluationRequest(checkpoint_uri=uri, checkpoint_digest=digest, evaluation=evaluation)
             scores = evaluate(request, storage, _device(device)).scores
         termination.write(succeeded(scores, best_by.removeprefix(f"{evaluation.name}-") if best_by else None))
         click.echo(json.dumps({n: _rounded(s, intervals=True) for n, s in scores.items()}, indent=1, sort_keys=True))
+
+
+def _suite(suite: EvalSuiteSpec, checkpoint: str, storage: Storage, device: str) -> None:
+    """Run a suite; scores go to stdout as JSON by model, what each model cost to stderr."""
+    from sonoforge_trainer.evaluate.suite import run_suite, tallies
+
+    uri = as_uri(checkpoint)
+    entries = run_suite(suite, uri, _digest(uri, storage), storage, _device(device))
+    scores: dict[str, dict[str, object]] = {}
+    for entry in entries:
+        if entry.result is not None:
+            named = {f"{entry.request.evaluation.name}-{n}": s for n, s in entry.result.scores.items()}
+            scores.setdefault(entry.model, {}).update({n: _rounded(s, intervals=True) for n, s in named.items()})
+    costs = tallies(entries)
+    for cost in costs:
+        click.echo(str(cost), err=True)
+    passes = {cost.model: cost.passes for cost in costs}
+    click.echo(json.dumps({"scores": scores, "featurePasses": passes}, indent=1, sort_keys=True))
+    faults = [f"{entry.model}, {entry.request.evaluation.name}: {entry.fault}" for entry in entries if entry.fault]
+    if faults:
+        raise EvaluationDataError("\n".join([f"{len(faults)} of {len(entries)} evaluations failed", *faults]))
+    termination.write(Termination(cause="done"))
+
+
+def _digest(uri: str, storage: Storage) -> str:
+    """Digest of the manifest of the checkpoint at a prefix."""
+    return storage.read(f"{uri}/{COMMIT}").decode("ascii", "replace").strip()
 
 
 def succeeded(scores: Mapping[str, Score], best_by: str | None = None) -> Termination:

@@ -9,16 +9,15 @@ The floor with random weights is the checkpoint of step 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sonoforge_trainer.contract import Evaluation, Protocol, Score, is_validation_score
 from sonoforge_trainer.evaluate.dataset import select
-from sonoforge_trainer.evaluate.features import PIXEL_SIDE, FeatureModel, Inputs, PixelModel
+from sonoforge_trainer.evaluate.features import FeatureModel, PixelModel
+from sonoforge_trainer.evaluate.hog import HogModel
 from sonoforge_trainer.evaluate.metrics import Floats
 from sonoforge_trainer.evaluate.overlap import foreground_dice, overlap_scores
 from sonoforge_trainer.evaluate.problem import best
@@ -28,33 +27,7 @@ from sonoforge_trainer.evaluate.segment import SegmentProblem, class_shares, con
 from sonoforge_trainer.shards.reader import read_manifest
 from sonoforge_trainer.storage import Storage
 
-_CELL, _ORIENTATIONS = 8, 9
 _THRESHOLDS = tuple(round(0.05 * n, 2) for n in range(1, 16))
-
-
-class HogModel:
-    """Histograms of oriented gradients."""
-
-    channels, resolution, grid = 1, PIXEL_SIDE, (PIXEL_SIDE // _CELL,) * 2
-    inputs: Inputs = {name: {"hog": ("hog",)} for name in ("knn", "linear", "logreg", "fewshot")}
-
-    def __call__(self, images_u8: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Normalised blocks of 2 x 2 cells [n, d]; the histogram of each cell as patch features."""
-        images = images_u8.float() / 255
-        padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="replicate")
-        dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]).squeeze(1)
-        dy = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]).squeeze(1)
-        # Unsigned orientation in bins; a gradient between two bin centres is shared by both.
-        position = torch.atan2(dy, dx).remainder(math.pi) / math.pi * _ORIENTATIONS - 0.5
-        lower, share = position.floor(), position - position.floor()
-        magnitude = torch.hypot(dx, dy)
-        votes = torch.zeros(len(images), _ORIENTATIONS, *magnitude.shape[1:])
-        for offset, part in ((0, 1 - share), (1, share)):
-            bins = (lower.long() + offset).remainder(_ORIENTATIONS)
-            votes.scatter_add_(1, bins.unsqueeze(1), (magnitude * part).unsqueeze(1))
-        cells = torch.nn.functional.avg_pool2d(votes, _CELL)
-        blocks = torch.nn.functional.unfold(cells, 2).transpose(1, 2)
-        return {"hog": torch.nn.functional.normalize(blocks, dim=2).flatten(1)}, cells.flatten(2).transpose(1, 2)
 
 
 def floors(evaluation: Evaluation, storage: Storage) -> dict[str, Score]:

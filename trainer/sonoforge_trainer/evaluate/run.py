@@ -1,4 +1,4 @@
-"""One evaluation of one checkpoint: idempotent, one feature pass, one result object whoever gets there first."""
+"""One evaluation of one model: idempotent, one feature pass, one result object whoever gets there first."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import numpy as np
 import structlog
 import torch
 
-from sonoforge_trainer.card import backbone_from_card
-from sonoforge_trainer.checkpoint import CheckpointStore
 from sonoforge_trainer.contract import ContractError, EvaluationRequest, EvaluationResult, ShardManifest
 from sonoforge_trainer.decode import CorruptImageError, decode
 from sonoforge_trainer.evaluate.artifacts import leave_artifacts
 from sonoforge_trainer.evaluate.dataset import Record, Table, scan, select
 from sonoforge_trainer.evaluate.errors import EvaluationDataError
 from sonoforge_trainer.evaluate.feature_cache import FeatureCache
-from sonoforge_trainer.evaluate.features import BackboneModel, FeatureModel, FeaturePass, FeatureSet
+from sonoforge_trainer.evaluate.features import FeatureModel, FeaturePass, FeatureSet
 from sonoforge_trainer.evaluate.once import write_first
 from sonoforge_trainer.evaluate.pictures import GALLERY, gallery_sheet
 from sonoforge_trainer.evaluate.protocols import Clock, Material, named_scores, run_protocols
+from sonoforge_trainer.evaluate.subjects import open_subject
 from sonoforge_trainer.shards.reader import read_manifest
 from sonoforge_trainer.storage import ObjectNotFoundError, Storage
 
@@ -42,7 +41,7 @@ def evaluate(request: EvaluationRequest, storage: Storage, device: torch.device)
     """Do what is asked, or return what was found before: doing it twice changes nothing.
 
     Of two processes that do the same at once, both return the result of the one that was first. Raises
-    DamagedCheckpointError, StorageError, EvaluationDataError, EvaluationConfigError, ContractError.
+    DamagedCheckpointError, StorageError, EvaluationDataError, EvaluationConfigError, WeightsError, ContractError.
     """
     known = existing_result(request, storage)
     if known is not None:
@@ -50,16 +49,13 @@ def evaluate(request: EvaluationRequest, storage: Storage, device: torch.device)
         return known
     evaluation = request.evaluation
     clock = Clock()
-    store = CheckpointStore(storage, request.checkpoint_uri)
-    teacher = store.load_teacher(request.checkpoint_uri, request.checkpoint_digest)
-    model = BackboneModel(
-        backbone_from_card(teacher.card, teacher.tensors), teacher.card, evaluation.resolution, device
-    )
+    subject = open_subject(request, storage, device)
+    model = subject.model
     manifest = read_manifest(evaluation.shards, storage)
     cache = FeatureCache(
         storage,
-        request.checkpoint_uri,
-        checkpoint_digest=request.checkpoint_digest,
+        request.model_uri,
+        checkpoint_digest=subject.digest,
         dataset_digest=manifest.dataset_digest,
         resolution=model.resolution,
     )
@@ -72,9 +68,9 @@ def evaluate(request: EvaluationRequest, storage: Storage, device: torch.device)
         "features ready", evaluation=evaluation.name, samples=len(gathered.table.records), passes=int(kept is None)
     )
     selection = select(gathered.table, evaluation)
-    records = store.metric_records(request.checkpoint_uri, teacher.manifest)
-    entropy = records[-1].get("teacher_entropy") if records else None
-    material = Material(evaluation, model, gathered.features, selection, device, teacher_entropy=entropy)
+    material = Material(
+        evaluation, model, gathered.features, selection, device, teacher_entropy=subject.teacher_entropy
+    )
     findings = run_protocols(material, clock, evaluation.protocols)
     pictures = []
     if gathered.gallery:
@@ -86,8 +82,8 @@ def evaluate(request: EvaluationRequest, storage: Storage, device: torch.device)
         artifacts = leave_artifacts(request, material, findings, storage)
     result = EvaluationResult(
         request=request,
-        step=teacher.manifest.step,
-        samples=teacher.manifest.samples,
+        step=subject.step,
+        samples=subject.samples,
         dataset_digest=manifest.dataset_digest,
         counts=selection.counts,
         scores=named_scores(findings),
@@ -109,7 +105,7 @@ def existing_result(request: EvaluationRequest, storage: Storage) -> EvaluationR
         return None
     except ContractError:
         result = None
-    if result is None or result.request != request:
+    if result is None or result.request.id != request.id:
         _log.warning("result is damaged and made again", uri=request.result_uri)
         storage.delete(request.result_uri)
         return None
@@ -119,7 +115,7 @@ def existing_result(request: EvaluationRequest, storage: Storage) -> EvaluationR
 def put_result(result: EvaluationResult, storage: Storage) -> EvaluationResult:
     """Write the result unless one is there; returns the one that is there afterwards."""
     request = result.request
-    while not write_first(storage, request.checkpoint_uri, request.result_uri, result.to_json().encode()):
+    while not write_first(storage, request.model_uri, request.result_uri, result.to_json().encode()):
         first = existing_result(request, storage)
         if first is not None:
             return first

@@ -130,10 +130,17 @@ def picture(data: bytes, rule: ImageRule) -> Picture:
 
 def mask(data: bytes, size: tuple[int, int], rule: MaskRule) -> bytes:
     """Turn the bytes of a mask file into a PNG of class indices of (width, height) `size`. Raises ImageError."""
+    indices = mask_indices(data, rule)
+    height, width = indices.shape
+    if (width, height) != size:
+        raise ImageError(f"the mask is {width} x {height}, but the image is {size[0]} x {size[1]}")
+    return encode_mask(indices)
+
+
+def mask_indices(data: bytes, rule: MaskRule) -> NDArray[np.uint8]:
+    """Class indices of the bytes of a mask file, [height, width]. Raises ImageError."""
     image = _open(data)
     _load(image)
-    if image.size != size:
-        raise ImageError(f"the mask is {image.width} x {image.height}, but the image is {size[0]} x {size[1]}")
     values = np.asarray(image)
     if values.ndim == 3 and image.mode == "RGB" and (values == values[..., :1]).all():
         values = values[..., 0]
@@ -153,7 +160,7 @@ def mask(data: bytes, size: tuple[int, int], rule: MaskRule) -> bytes:
             f"the mask has the value{'s' * (len(unknown) > 1)} {shown}, but there are {len(rule.classes)} mask "
             f"classes; name more with --mask-class or map values with --mask-value {unknown[0]}=1"
         )
-    return encode_mask(indices)
+    return indices
 
 
 def encode_mask(indices: NDArray[np.uint8]) -> bytes:
@@ -161,6 +168,11 @@ def encode_mask(indices: NDArray[np.uint8]) -> bytes:
     encoded = io.BytesIO()
     Image.fromarray(indices).save(encoded, "PNG")
     return encoded.getvalue()
+
+
+def mode_of(data: bytes) -> str:
+    """Pillow's name for how a file keeps its pixels: L, RGB, RGBA, P, I;16 ... Raises ImageError."""
+    return _open(data).mode
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:

@@ -274,7 +274,7 @@ def fail(message: str, code: ExitCode) -> NoReturn:
     sys.exit(code)
 
 
-def build_rows(rows: Sequence[Row], target: Target, render: Render, options: str, card: DataSetCard) -> None:
+def build_rows(rows: Sequence[Row], target: Target, render: Render, options: str, card: DataSetCard) -> BuildResult:
     """Plan, build, and say what was built."""
     storage = Storage.from_env()
     try:
@@ -298,6 +298,7 @@ def build_rows(rows: Sequence[Row], target: Target, render: Render, options: str
         raise
     _write_report(target.report, result.rejected, rows)
     _say(result, target)
+    return result
 
 
 def _say(result: BuildResult, target: Target) -> None:

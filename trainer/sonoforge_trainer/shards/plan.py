@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -88,13 +88,17 @@ def _with_splits(rows: Sequence[Row], rule: PlanRule) -> Sequence[Row]:
     if rule.splits is not None:
         if any(row.split for row in rows):
             raise SourceError("the source has splits and --splits draws new ones; give one of the two")
-        drawn = _draw(rows, rule.seed, dict(zip(("train", "val", "test"), rule.splits, strict=True)))
+        drawn = draw(
+            dict.fromkeys(map(_group, rows)), rule.seed, dict(zip(("train", "val", "test"), rule.splits, strict=True))
+        )
         return [replace(row, split=drawn[_group(row)]) for row in rows]
     if rule.validation:
         if any(row.split == "val" for row in rows):
             raise SourceError("the source has a val split already; leave out --validation")
         train = [row for row in rows if row.split == "train"]
-        drawn = _draw(train, rule.seed, {"train": 1 - rule.validation, "val": rule.validation})
+        drawn = draw(
+            dict.fromkeys(map(_group, train)), rule.seed, {"train": 1 - rule.validation, "val": rule.validation}
+        )
         return [replace(row, split=drawn[_group(row)]) if row.split == "train" else row for row in rows]
     return rows
 
@@ -106,18 +110,22 @@ def _group(row: Row) -> tuple[str, str, int]:
     return ("", row.clip, 0) if row.clip else ("", "", row.number)
 
 
-def _draw(rows: Sequence[Row], seed: int, fractions: dict[str, float]) -> dict[tuple[str, str, int], str]:
-    groups = shuffled(dict.fromkeys(map(_group, rows)), seed, "splits", repr)
+def draw(groups: Iterable[T], seed: int, fractions: Mapping[str, float]) -> dict[T, str]:
+    """A split for each group, so that the numbers of groups are as near to the fractions as can be.
+
+    Raises SourceError where there are fewer groups than splits.
+    """
     names = [name for name, fraction in fractions.items() if fraction > 0]
-    if len(groups) < len(names):
-        raise SourceError(f"{len(groups)} patients cannot be drawn into {len(names)} splits")
+    order = shuffled(groups, seed, "splits", str)
+    if len(order) < len(names):
+        raise SourceError(f"{len(order)} patients cannot be drawn into {len(names)} splits")
     # Each split gets one patient first, so that none is empty; the rest goes where most is missing.
     counts = dict.fromkeys(names, 1)
-    for _ in range(len(groups) - len(names)):
-        missing = max(names, key=lambda name: fractions[name] * len(groups) - counts[name])
+    for _ in range(len(order) - len(names)):
+        missing = max(names, key=lambda name: fractions[name] * len(order) - counts[name])
         counts[missing] += 1
     drawn = (name for name in names for _ in range(counts[name]))
-    return dict(zip(groups, drawn, strict=True))
+    return dict(zip(order, drawn, strict=True))
 
 
 def _refuse_leaks(rows: Sequence[Row]) -> None:

@@ -171,8 +171,8 @@ def read_csv(file: Path, root: Path, columns: Columns, delimiter: str = ",") -> 
                     raise SourceError(f"rows {seen[reference]} and {number} name the same file; keep one of them")
                 seen[reference] = number
                 mask = values[columns.mask].strip() if columns.mask else ""
-                mask_location = _file(root / _relative(mask, number)) if mask else None
-                rows.append(columns.row(number, reference, _file(root / reference), mask_location, values))
+                mask_location = file_location(root / _relative(mask, number)) if mask else None
+                rows.append(columns.row(number, reference, file_location(root / reference), mask_location, values))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SourceError(f"the CSV file cannot be read as UTF-8 text with a header ({type(error).__name__})") from None
     return _some(rows)
@@ -221,11 +221,11 @@ def read_folder(root: Path, rule: FolderRule) -> list[Row]:
             Row(
                 number,
                 reference,
-                _file(file),
-                _file(mask) if mask else None,
+                file_location(file),
+                file_location(mask) if mask else None,
                 label=path.parts[0] if rule.label_from_folder else "",
-                patient=_group(rule.patient_pattern, reference, number, "--patient-pattern"),
-                clip=_group(rule.clip_pattern, reference, number, "--clip-pattern"),
+                patient=named_group(rule.patient_pattern, reference, number, "--patient-pattern"),
+                clip=named_group(rule.clip_pattern, reference, number, "--clip-pattern"),
             )
         )
     if unmasked:
@@ -343,7 +343,8 @@ def _images_by_stem(root: Path) -> dict[str, Path]:
     return {str(PurePosixPath(reference).with_suffix("")): file for reference, file in _images(root)}
 
 
-def _group(pattern: str, text: str, number: int, option: str) -> str:
+def named_group(pattern: str, text: str, number: int, option: str) -> str:
+    """Group 1 of a pattern in a path; empty without a pattern. Raises SourceError where it does not fit."""
     if not pattern:
         return ""
     match = re.search(pattern, text)
@@ -359,7 +360,8 @@ def _relative(text: str, number: int) -> str:
     return str(path)
 
 
-def _file(path: Path) -> Location:
+def file_location(path: Path) -> Location:
+    """A whole local file; one that is missing is an error only when it is read."""
     try:
         state = path.stat()
     except OSError:

@@ -9,8 +9,8 @@ import pytest
 from click.testing import Result
 
 from sonoforge_trainer.contract import ShardManifest
+from sonoforge_trainer.datasets.cli import command
 from sonoforge_trainer.shards.cli import command as shards
-from sonoforge_trainer.shards.datasets import command
 from sonoforge_trainer.shards.images import decode
 from sonoforge_trainer.shards.reader import Sample, iterate, read_manifest
 from sonoforge_trainer.storage import Storage
