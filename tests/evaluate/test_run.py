@@ -203,4 +203,4 @@ def test_the_result_reads_as_the_contract_says(checkpoint, phantoms, storage):
     document = json.loads(storage.read(f"{checkpoint[0]}/eval/short-{request.id}.json"))
     assert document["format"] == "sonoforge.evaluation/v1"
     assert document["featurePasses"] == 1
-    assert set(document["seconds"]) == {"features", "knn"}
+    assert set(document["seconds"]) == {"features", "knn", "artifacts"}

@@ -72,6 +72,33 @@ def test_a_checkpoint_whose_state_was_deleted_keeps_its_scores(summary, storage)
     assert found.checkpoints[1].scores["planes-knn/f1_macro"].value == 0.75
 
 
+def test_what_lies_in_storage_cannot_lead_to_another_place(summary, storage, tmp_path):
+    """A PRUNED object and a summary name URIs; a page reads below the run alone."""
+    real = commit(summary, ("a", "a", "a"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "metrics.jsonl").write_text('{"step": 7, "samples": 1, "loss": 666.0}\n')
+    ref = real.checkpoints[1].ref
+    folder = Path(ref.uri.removeprefix("file://"))
+    (folder / PRUNED).write_text(ref.model_copy(update={"uri": elsewhere.as_uri()}).to_json())
+    lies = tuple(
+        c.model_copy(update={"results": tuple(f"{elsewhere.as_uri()}/{u.rpartition('/')[2]}" for u in c.results)})
+        for c in real.checkpoints
+    )
+    put_summary(real.model_copy(update={"checkpoints": lies}), storage)
+    found = survey(real.checkpoints_uri, storage)
+    assert [c.ref.uri for c in found.checkpoints] == [c.ref.uri for c in real.checkpoints]
+    assert [c.results for c in found.checkpoints] == [c.results for c in real.checkpoints]
+    assert 666.0 not in [record["loss"] for record in metric_records(found, storage)]
+
+
+def test_a_log_that_cannot_be_read_is_left_out(summary, storage):
+    path = Path(summary.checkpoints[1].ref.uri.removeprefix("file://")) / "metrics.jsonl"
+    for text in ('{"step": 1', "[1]", "{}", "3"):
+        path.write_text(text)
+        assert [r["step"] for r in metric_records(summary, storage)] == list(range(10, 21))
+
+
 def test_a_damaged_checkpoint_is_left_out(summary, storage):
     real = commit(summary, ("a", "a", "a"))
     folder = Path(real.checkpoints[1].ref.uri.removeprefix("file://"))

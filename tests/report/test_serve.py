@@ -249,6 +249,16 @@ def test_looking_at_pages_writes_nothing(served, shared):
     assert state() == before
 
 
+def test_a_run_that_no_page_can_be_made_from_is_said_to_be_so(changing, runs):
+    (runs / "team" / "fetal" / "summary.json").write_text("{}")
+    assert changing.ask("GET", "/run/team%2Ffetal")[0] == 200, "a summary that does not fit is left out"
+    for path in runs.rglob("manifest.json"):
+        path.write_text("{}")
+    status, headers, body = changing.ask("GET", "/run/team%2Ffetal")
+    assert (status, b"manifest" in body) == (502, False)
+    assert headers["Content-Type"].startswith("text/plain")
+
+
 def test_a_page_is_made_once_for_what_it_is_made_from(runs, monkeypatch):
     made = []
     render = pages_module.render

@@ -79,7 +79,7 @@ def _gallery(
 ) -> tuple[Gallery, dict[str, bytes]]:
     """The document, and its pictures by name."""
     selection, table = material.selection, material.selection.table
-    ((parts),) = material.model.inputs["health"].values()
+    parts = next(iter(material.model.inputs["knn"].values()))  # CLS; a floor has its only features
     near = nearest(selection, material.features, parts, material.device)
     masked = [int(row) for row in selection.rows["test"] if table.records[row].mask is not None]
     cases = _cases(findings)

@@ -58,7 +58,7 @@ class Finding:
     details: dict[str, object] = field(default_factory=dict)
     samples: SampleConfusions | None = None
     """What became of each test sample; None where there are several draws, or nothing to predict."""
-    masks: Callable[[Sequence[int]], list[Ints]] | None = None
+    masks: Callable[[Sequence[int]], list[Ints]] | None = field(default=None, compare=False)
     """Of a segmentation: predicted classes [H, W] of some test images, by their number among those with a mask."""
 
 

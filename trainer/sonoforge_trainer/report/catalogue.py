@@ -59,7 +59,8 @@ def _listed(base: str, run: str, named: Iterable[tuple[str, ObjectInfo]], summar
     steps: dict[str, int] = {}
     results = 0
     for name, info in named:
-        _, step, attempt, rest = name.split("/", 3) if name.count("/") >= 3 else (*name.split("/"), "")
+        _, step, attempt, *below = name.split("/", 3)
+        rest = "".join(below)
         below_eval = rest.startswith("eval/")
         if below_eval or rest in _STATES:
             made_from.append((name, info.size, info.etag))

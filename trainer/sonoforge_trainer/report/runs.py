@@ -139,9 +139,10 @@ def metric_records(summary: RunSummary, storage: Storage) -> list[dict[str, Any]
         except StorageError as error:
             log.warning("report.metrics_missing", checkpoint=checkpoint.ref.id, reason=type(error).__name__)
             continue
-        for line in text.splitlines():
-            record = json.loads(line)
-            by_step[record["step"]] = record
+        try:
+            by_step |= {record["step"]: record for record in map(json.loads, text.splitlines())}
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("report.metrics_unreadable", checkpoint=checkpoint.ref.id, reason=type(error).__name__)
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -173,7 +174,8 @@ def _looked_at(store: CheckpointStore, prefix: Prefix) -> _Seen | None:
     try:
         if PRUNED in prefix.objects:
             ref = CheckpointRef.from_json(store.storage.read(f"{prefix.uri}/{PRUNED}"), where=prefix.uri)
-            return _Seen(ref, results, prefix.attempt)
+            # Where it lies counts, not what it says of itself: a run may have been copied.
+            return _Seen(ref.model_copy(update={"uri": prefix.uri}), results, prefix.attempt)
         if not prefix.committed:
             return None
         ref, manifest = store.inspect(prefix)
@@ -208,8 +210,8 @@ def _result(uri: str, storage: Storage) -> EvaluationResult | None:
 
 
 def _with_results(seen: _Seen, known: CheckpointSummary | None, storage: Storage) -> CheckpointSummary:
-    if known is not None and set(known.results) >= set(seen.results):
-        return known.model_copy(update={"ref": seen.ref})
+    if known is not None and _names(known.results) >= _names(seen.results):
+        return known.model_copy(update={"ref": seen.ref, "results": seen.results})
     scores = {} if known is None else dict(known.scores)
     for uri in seen.results:
         result = _result(uri, storage)
@@ -217,6 +219,10 @@ def _with_results(seen: _Seen, known: CheckpointSummary | None, storage: Storage
             scores |= {f"{result.request.evaluation.name}-{name}": score for name, score in result.scores.items()}
     base = known or CheckpointSummary(ref=seen.ref)
     return base.model_copy(update={"ref": seen.ref, "scores": scores, "results": seen.results})
+
+
+def _names(uris: Iterable[str]) -> set[str]:
+    return {uri.rpartition("/")[2] for uri in uris}
 
 
 def _marked(checkpoints: Sequence[CheckpointSummary], best_by: str | None) -> tuple[CheckpointSummary, ...]:

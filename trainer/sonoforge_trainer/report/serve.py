@@ -80,9 +80,9 @@ class _Visitor(BaseHTTPRequestHandler):
     def _show(self, path: str, query: str) -> None:
         try:
             page = self._page(path, query)
-        except (StorageError, ContractError) as error:
+        except (StorageError, ValueError) as error:  # what lies in a bucket is anybody's who may write there
             log.warning("serve.unreadable", reason=type(error).__name__)
-            self._say(HTTPStatus.BAD_GATEWAY, "storage cannot be read now; the server's log says why")
+            self._say(HTTPStatus.BAD_GATEWAY, "storage cannot be read, or holds what no page can be made from")
             return
         if page is None:
             self._say(HTTPStatus.NOT_FOUND, "there are / and the pages it links to")
