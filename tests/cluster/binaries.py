@@ -35,6 +35,8 @@ PROGRAMS = (
     "kubelet",
 )
 """What the binary of the control plane and its nodes is called by."""
+HELMS = (3, 4)
+"""Major versions of Helm that the chart is tested with."""
 
 _GO_LOCK = ROOT / "requirements" / "go.lock"
 # Programs without a C library run in any container, and need no C compiler here.
@@ -53,14 +55,23 @@ def find() -> tuple[Path, Path] | None:
     return folders if all(each.is_dir() for each in folders) else None
 
 
-def build() -> tuple[Path, Path]:
-    """Build what is missing, and tell where it is: the control plane's programs, and kwok.
+def find_helm() -> dict[int, Path] | None:
+    """The helm programs by their major version, or None where one of them is not built."""
+    found = {major: _folder(_helm(major)) / "helm" for major in HELMS}
+    return found if all(each.exists() for each in found.values()) else None
 
-    Raises BuildError.
-    """
+
+def build() -> tuple[Path, Path]:
+    """Build what is missing, and tell where it is: the control plane's programs, and kwok. Raises BuildError."""
     control_plane = _ensure(HERE / "components", "cluster", PROGRAMS, "9 minutes on 2 cores")
     kwok = _ensure(HERE / "components" / "kwok", "kwok", (), "2 minutes on 2 cores")
+    for major in HELMS:
+        _ensure(_helm(major), "helm", (), "2 minutes on 2 cores")
     return control_plane, kwok
+
+
+def _helm(major: int) -> Path:
+    return HERE / "components" / f"helm{major}"
 
 
 def _ensure(module: Path, binary: str, links: tuple[str, ...], takes: str) -> Path:
@@ -76,7 +87,7 @@ def _ensure(module: Path, binary: str, links: tuple[str, ...], takes: str) -> Pa
         part.mkdir()
         flags = [*_FLAGS, "-ldflags", " ".join((_STRIP, *_version(module)))]
         with _progress(f"building {binary} of the test cluster from Go modules, once a machine: about {takes}"):
-            _go(_find_go(module), module, "build", *flags, "-o", str(part / binary), ".")
+            _go(_find_go(module), module, "build", *flags, "-o", str(part / binary), _package(module))
         for name in links:
             (part / name).symlink_to(binary)
         part.rename(folder)
@@ -95,13 +106,26 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sonoforge" / "cluster"
 
 
+def _package(module: Path) -> str:
+    """What is built: the folder's own program, or the program of another module that go.mod names as a tool."""
+    found = re.search(r"^tool (\S+)$", (module / "go.mod").read_text(), re.MULTILINE)
+    return found[1] if found else "."
+
+
 def _version(module: Path) -> list[str]:
-    """Linker flags that tell the programs their own version; built from source they would answer v0.0.0."""
-    found = re.search(r"\bk8s\.io/kubernetes v((\d+)\.(\d+)\.\d+)\b", (module / "go.mod").read_text())
-    if not found:
-        return []
-    values = {"gitVersion": f"v{found[1]}", "gitMajor": found[2], "gitMinor": found[3]}
-    return [f"-X k8s.io/component-base/version.{name}={value}" for name, value in values.items()]
+    """Linker flags that tell the programs their own version; built from source they would not know it."""
+    text = (module / "go.mod").read_text()
+    values: dict[str, str] = {}
+    if found := re.search(r"\bk8s\.io/kubernetes v((\d+)\.(\d+)\.\d+)\b", text):
+        own = "k8s.io/component-base/version"
+        values = {f"{own}.gitVersion": f"v{found[1]}", f"{own}.gitMajor": found[2], f"{own}.gitMinor": found[3]}
+    elif found := re.search(r"\b(helm\.sh/helm/v\d+) (v\S+)", text):
+        values = {f"{found[1]}/internal/version.version": found[2]}
+        # Helm 3 takes a cluster that it does not ask for 1.20, unless it is told.
+        if client := re.search(r"\bk8s\.io/client-go v0\.(\d+)\.", text):
+            for where in ("pkg/chartutil", "pkg/lint/rules"):
+                values[f"{found[1]}/{where}.k8sVersionMinor"] = client[1]
+    return [f"-X {name}={value}" for name, value in values.items()]
 
 
 def _find_go(module: Path) -> str:
