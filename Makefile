@@ -30,7 +30,7 @@ check: $(VENV)/ready ## Format, lint, types and import rules, without tests
 	$(BIN)/lint-imports
 
 .PHONY: generate
-generate: $(VENV)/ready ## Write the CRDs, the chart's copies and docs/api.md again from the Python types
+generate: $(VENV)/ready ## Write the CRDs, the chart's values, schema and README, the manifests and docs/api.md from the types
 	$(BIN)/python -m sonoforge_operator.crd
 
 .PHONY: format
@@ -39,7 +39,7 @@ format: $(VENV)/ready ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 .PHONY: cluster-programs
-cluster-programs: $(VENV)/ready ## Build the programs of the test cluster where they are missing (10 minutes, once a machine)
+cluster-programs: $(VENV)/ready ## Build the programs of the test cluster where they are missing (15 minutes, once a machine)
 	@$(BIN)/python tests/cluster/binaries.py
 
 .PHONY: cluster

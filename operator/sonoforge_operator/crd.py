@@ -11,6 +11,7 @@ import yaml
 
 from sonoforge_operator import api, resources
 from sonoforge_operator.admission import LISTS, RULES, SHORT_NAME
+from sonoforge_operator.chart.documents import documents
 from sonoforge_operator.install import install
 from sonoforge_operator.presets import hint
 from sonoforge_operator.reference import reference
@@ -221,6 +222,7 @@ def generated() -> dict[str, str]:
     for name, cluster_wide in (("install", False), ("install-cluster", True)):
         objects = [*install(cluster_wide=cluster_wide)]
         files[f"manifests/{name}.yaml"] = HEADER + "---\n".join(_yaml(found) for found in objects)
+    files |= {f"charts/sonoforge/{name}": text for name, text in documents().items()}
     files["docs/api.md"] = reference([(r.kind, r.short, r.schema(hints=False)) for r in RESOURCES])
     return files
 

@@ -88,29 +88,37 @@ def _object(api_version: str, kind: str, metadata: Manifest, **content: Any) -> 
 
 
 def _network() -> Manifest:
-    """Metrics and probes come in; the API server, coordinators and DNS are called."""
+    """Prometheus reads metrics; the API server, coordinators and DNS are called.
+
+    Probes come from the node of the pod, which no policy stops. Where the API server answers is not known here.
+    """
     return {
         "podSelector": {"matchLabels": {"app.kubernetes.io/name": NAME}},
         "policyTypes": ["Ingress", "Egress"],
-        "ingress": [{"ports": [{"protocol": "TCP", "port": _PORT}]}],
+        "ingress": [
+            {
+                "from": [_pods({}, "prometheus")],
+                "ports": [{"protocol": "TCP", "port": _PORT}],
+            }
+        ],
         "egress": [
             {"ports": [{"protocol": "TCP", "port": port} for port in (443, 6443)]},
-            {"ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]},
             {
-                "to": [
-                    {
-                        "namespaceSelector": {},
-                        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "sonoforge-coordinator"}},
-                    }
-                ],
-                "ports": [{"protocol": "TCP", "port": 8080}],
+                "to": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}],
+                "ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")],
             },
+            {"to": [_pods({}, "sonoforge-coordinator")], "ports": [{"protocol": "TCP", "port": 8080}]},
         ],
     }
 
 
 def _of_pod(name: str, field: str) -> Manifest:
     return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": field}}}
+
+
+def _pods(namespaces: Manifest, name: str) -> Manifest:
+    """The pods of an application, in namespaces with these labels."""
+    return {"namespaceSelector": namespaces, "podSelector": {"matchLabels": {"app.kubernetes.io/name": name}}}
 
 
 def _deployment(*, cluster_wide: bool) -> Manifest:

@@ -7,7 +7,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the harness beside this fi
 
 import binaries
 from control_plane import ControlPlane
+from helm import Helm
 from kwok import Kwok
 from pods import PodPlayer
 
@@ -28,12 +29,22 @@ def programs() -> tuple[Path, Path]:
     """Folders of the control plane's programs and of kwok. Where they are not built: skips, but not in CI."""
     folders = binaries.find()
     if folders is None:
-        missing = (
-            "the programs of the test cluster are not built; run `make cluster-programs` (minutes, once a machine)"
-        )
-        required = os.environ.get("CI") or os.environ.get("SONOFORGE_CLUSTER") == "required"
-        (pytest.fail if required else pytest.skip)(missing)
+        _missing("the programs of the test cluster are not built")
     return folders
+
+
+def _missing(what: str) -> NoReturn:
+    required = os.environ.get("CI") or os.environ.get("SONOFORGE_CLUSTER") == "required"
+    (pytest.fail if required else pytest.skip)(f"{what}; run `make cluster-programs` (minutes, once a machine)")
+
+
+@pytest.fixture(scope="module", params=binaries.HELMS, ids=lambda major: f"helm{major}")
+def helm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    """Helm of one major version; a test that asks for it runs with each."""
+    found = binaries.find_helm()
+    if found is None:
+        _missing("helm is not built")
+    return Helm(found[request.param], request.param, tmp_path_factory.mktemp("helm"))
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,8 @@ def test_generated_files_are_what_the_types_say():
     folders = ("manifests/crds", "charts/sonoforge/files/crds")
     found = {str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).iterdir()}
     found |= {"docs/api.md", "manifests/install.yaml", "manifests/install-cluster.yaml"}
+    chart = ("Chart.yaml", "values.yaml", "values.schema.json", "README.md", "files/dashboard.json")
+    found |= {f"charts/sonoforge/{name}" for name in chart}
     assert found == set(FILES)
     assert [name for name, text in FILES.items() if (ROOT / name).read_text() != text] == []
 

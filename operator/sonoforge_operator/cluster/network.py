@@ -10,7 +10,11 @@ from sonoforge_operator.cluster.names import LABEL_NAME, LABEL_PART, LABEL_UID, 
 
 _OPERATOR = "sonoforge-operator"
 _NAMESPACE_NAME = "kubernetes.io/metadata.name"
-_ANYWHERE = ("0.0.0.0/0", "::/0")
+_ANYWHERE = (
+    # Not the addresses of the node itself, where some clouds hand out its credentials to whoever asks.
+    {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]},
+    {"cidr": "::/0", "except": ["fd00:ec2::/32", "fe80::/10"]},
+)
 
 Spec = dict[str, Any]
 
@@ -80,5 +84,5 @@ def _dns(network: Network) -> Spec:
 
 
 def _storage(network: Network) -> list[Spec]:
-    blocks = [{"ipBlock": {"cidr": cidr}} for cidr in (network.storage_cidrs or _ANYWHERE)]
-    return [{"to": blocks, "ports": [_tcp(port) for port in network.storage_ports]}]
+    blocks = [{"cidr": cidr} for cidr in network.storage_cidrs] or _ANYWHERE
+    return [{"to": [{"ipBlock": block} for block in blocks], "ports": [_tcp(port) for port in network.storage_ports]}]
