@@ -14,6 +14,9 @@ from typing import Any
 
 Spec = Mapping[str, Any]
 
+FIELDS = {"Ingress": ("from", "ingress"), "Egress": ("to", "egress")}
+"""What a direction calls its peers and its rules."""
+
 
 @dataclass(frozen=True)
 class Pod:
@@ -66,10 +69,10 @@ class Policies:
 
     def _one_way(self, direction: str, subject: Pod, other: Pod, port: Port) -> bool:
         """Whether the policies that select the subject let one direction pass. Without any, all passes."""
-        applying = [p for p in self.objects if self._selects(p, subject) and direction in _types(p["spec"])]
+        applying = self.applying(direction, subject)
         if not applying:
             return True
-        peers, rules = ("to", "egress") if direction == "Egress" else ("from", "ingress")
+        peers, rules = FIELDS[direction]
         destination = other if direction == "Egress" else subject
         return any(
             self._some_peer(rule.get(peers), policy, other) and _some_port(rule.get("ports"), port, destination)
@@ -77,15 +80,20 @@ class Policies:
             for rule in policy["spec"].get(rules) or ()
         )
 
+    def applying(self, direction: str, subject: Pod) -> list[Spec]:
+        """The policies that isolate a pod in a direction."""
+        return [p for p in self.objects if self._selects(p, subject) and direction in _types(p["spec"])]
+
     def _selects(self, policy: Spec, pod: Pod) -> bool:
         own = policy["metadata"]["namespace"]
         return pod.namespace == own and matches(policy["spec"].get("podSelector") or {}, pod.labels)
 
     def _some_peer(self, peers: Sequence[Spec] | None, policy: Spec, other: Pod) -> bool:
         """An empty or missing list is everybody, also outside the cluster."""
-        return not peers or any(self._is_peer(peer, policy["metadata"]["namespace"], other) for peer in peers)
+        return not peers or any(self.is_peer(peer, policy["metadata"]["namespace"], other) for peer in peers)
 
-    def _is_peer(self, peer: Spec, own_namespace: str, other: Pod) -> bool:
+    def is_peer(self, peer: Spec, own_namespace: str, other: Pod) -> bool:
+        """Whether one entry of `from` or `to`, in a policy of a namespace, means somebody."""
         if "ipBlock" in peer:
             assert len(peer) == 1, "an ipBlock stands alone"
             return (self.blocks_hold_for_pods or not other.in_cluster) and _in_block(peer["ipBlock"], other.address)

@@ -117,9 +117,9 @@ Installs the Sonoforge operator. Helm 3.19 and 4.3 are tested with it, on Kubern
 each right is for: `docs/operations.md` of the repository.
 
 ```sh
-helm install sonoforge charts/sonoforge --namespace research --create-namespace
+kubectl create namespace research
 kubectl -n research create secret generic sonoforge-operator --from-literal=key="$(openssl rand -hex 32)"
-kubectl -n research rollout restart deployment/sonoforge-operator
+helm install sonoforge charts/sonoforge --namespace research
 ```
 
 By default it serves the jobs of its own namespace with a Role there. `watchNamespaces` gives it a Role in each of a

@@ -102,6 +102,7 @@ def settings(watch_silence_seconds: float) -> kopf.OperatorSettings:
     found.watching.chunk_size = _PAGE
     found.watching.inactivity_timeout = watch_silence_seconds
     found.networking.request_timeout = _REQUEST_SECONDS
+    found.networking.trust_env = True  # as our own client: through the proxy of the environment, or neither
     for kind in (CHECKPOINTS, *CHILDREN, LEASES):
         found.watching.label_selectors[kind.api_version, kind.plural] = selector_of(kind)
     return found
