@@ -41,7 +41,7 @@ class Network:
     def __init__(self, ends: tuple[Pod, ...]) -> None:
         self.ends = ends
         self._stem = f"sf{secrets.token_hex(2)}"
-        self._names = {end: f"{self._stem}-{number}" for number, end in enumerate(ends)}
+        self._names = {end.name: f"{self._stem}-{number}" for number, end in enumerate(ends)}
         self._listeners: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Network:
@@ -49,8 +49,8 @@ class Network:
         try:
             self._in_switch("link", "add", "switch", "type", "bridge")
             self._in_switch("link", "set", "switch", "up")
-            for end, name in self._names.items():
-                self._plug(end, name)
+            for end in self.ends:
+                self._plug(end, self._names[end.name])
             for name in self._names.values():
                 self._listen(name)
             for listener in self._listeners:
@@ -70,14 +70,14 @@ class Network:
 
     def enforce(self, policies: Policies) -> None:
         """Refuse in every pod what the policies do not let pass."""
-        for end, name in self._names.items():
+        for end in self.ends:
             if end.in_cluster:
-                self._run(name, "iptables-restore", stdin=rules(policies, end, self.ends))
+                self._run(self._names[end.name], "iptables-restore", stdin=rules(policies, end, self.ends))
 
     def reached(self, source: Pod) -> dict[str, list[str]]:
         """The ports that answer to a pod, by the name of who answers."""
         others = {end.address: end.name for end in self.ends if end != source}
-        said = self._run(self._names[source], sys.executable, str(SCRIPT), "reach", ",".join(others), *PORTS)
+        said = self._run(self._names[source.name], sys.executable, str(SCRIPT), "reach", ",".join(others), *PORTS)
         return {others[address]: ports for address, ports in json.loads(said).items()}
 
     def _plug(self, end: Pod, name: str) -> None:

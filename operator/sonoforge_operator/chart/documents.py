@@ -94,7 +94,7 @@ def _closed(source: Any) -> Any:
         return [_closed(entry) for entry in source]
     if not isinstance(source, dict):
         return source
-    made = {}
+    made: Schema = {}
     for key, value in source.items():
         if key in _NAMED:
             made[key] = {name: _closed(each) for name, each in value.items()}
