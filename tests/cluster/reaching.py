@@ -16,11 +16,10 @@ _SECONDS = 30.0
 
 
 class _Echo(asyncio.DatagramProtocol):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.DatagramTransport) -> None:
         self._transport = transport
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        assert isinstance(self._transport, asyncio.DatagramTransport)
         self._transport.sendto(data, addr)
 
 
