@@ -16,10 +16,10 @@ import pytest
 import yaml
 from components import wait_for
 from control_plane import ControlPlane
-from helm import CHART, MONITORING, Helm, Manifest
+from helm import CHART, MONITORING, Helm, HelmError, Manifest
 from kubernetes import client, config
 from kwok import Kwok
-from operators import OperatorProcess
+from operators import OperatorProcess, apply_crds
 from played import Played, Switchboard
 from sites import KINDS
 from test_life import JOB
@@ -262,8 +262,29 @@ def test_the_default_runtime_is_made_where_its_kind_is_served_and_outlives_the_r
     )
 
 
+def test_a_second_release_serves_other_namespaces_and_never_the_same(cluster: Cluster, installed):
+    only_once = {"crds": {"enabled": False}, "aggregatedRoles": {"enabled": False}}
+    other = ("install", "second", str(CHART), "--namespace=second", "--create-namespace", "--timeout=2m")
+    with pytest.raises(HelmError, match=rf"(?s)Role.*{NAME}.*{JOBS}.*ownership"):
+        cluster.helm.run(*other, values=only_once | {"watchNamespaces": [JOBS]})
+    assert cluster.kubectl("get", "deployments", "--namespace=second", "--output=name") == ""
+    cluster.helm.run(*other, "--replace", "--wait", values=only_once)
+    cluster.helm.run("uninstall", "second", "--namespace=second", "--wait", "--timeout=2m")
+
+
 def test_crds_go_with_the_release_where_that_is_asked_for(cluster: Cluster, installed):
     cluster.release("upgrade", CHART, VALUES | {"crds": {"keep": False}})
     cluster.helm.run("uninstall", "sonoforge", *ARGUMENTS, "--wait")
     wait_for(lambda: cluster.kubectl("get", "crd", "--output=name") == "", "no CRDs", 60)
     wait_for(lambda: of_the_release(cluster) == [], "nothing of the release", 30)
+
+
+def test_crds_that_were_applied_by_hand_are_taken_over_where_that_is_said(cluster: Cluster, installed):
+    apply_crds(cluster.control_plane)
+    with pytest.raises(HelmError, match="ownership"):
+        cluster.release("install", CHART, VALUES)
+    cluster.helm.run(
+        *("install", "sonoforge", str(CHART), *ARGUMENTS, "--take-ownership", "--replace", "--wait"), values=VALUES
+    )
+    owner = cluster.control_plane.get("crd", "pretrainjobs.sonoforge.dev")["metadata"]["annotations"]
+    assert (owner["meta.helm.sh/release-name"], owner["helm.sh/resource-policy"]) == ("sonoforge", "keep")
