@@ -143,7 +143,7 @@ def test_pods_get_what_a_cluster_asks_of_them(helm: Helm):
             "tolerations": [toleration],
             "podAnnotations": {"a.example/b": "c"},
             "serviceAccountAnnotations": {"d.example/e": "f"},
-            "commonLabels": {"team": "imaging"},
+            "commonLabels": {"team": "imaging", "app.kubernetes.io/name": "another"},
             "keySecret": "other",
             "resources": {"requests": {"cpu": 1}, "limits": {"memory": "1Gi"}},
         }
@@ -159,6 +159,7 @@ def test_pods_get_what_a_cluster_asks_of_them(helm: Helm):
     assert one(made, "ServiceAccount")["metadata"]["annotations"] == {"d.example/e": "f"}
     ours = [m for m in made if m["kind"] != "CustomResourceDefinition"]
     assert {m["metadata"]["labels"].get("team") for m in ours} == {"imaging"}
+    assert {m["metadata"]["labels"]["app.kubernetes.io/name"] for m in ours} == {NAME}
     assert spec["volumes"][0]["secret"]["secretName"] == "other"
     assert container(made)["resources"] == {"requests": {"cpu": 1, "memory": "128Mi"}, "limits": {"memory": "1Gi"}}
 

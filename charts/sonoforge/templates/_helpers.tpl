@@ -11,15 +11,14 @@ app.kubernetes.io/name: {{ include "sonoforge.name" . }}
 app.kubernetes.io/part-of: sonoforge
 {{- end -}}
 
+{{- /* Labels of every object. Those that something selects by win over `commonLabels`. */ -}}
 {{- define "sonoforge.labels" -}}
-{{ include "sonoforge.podLabels" . }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $own := include "sonoforge.podLabels" . | fromYaml -}}
+{{- $_ := set $own "app.kubernetes.io/managed-by" .Release.Service -}}
+{{- $_ := set $own "app.kubernetes.io/instance" .Release.Name -}}
+{{- $_ := set $own "app.kubernetes.io/version" .Chart.AppVersion -}}
+{{- $_ := set $own "helm.sh/chart" (printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_") -}}
+{{ merge $own .Values.commonLabels | toYaml }}
 {{- end -}}
 
 {{- /* A list as JSON: namespaces whose jobs are served. Empty with clusterWide. */ -}}
