@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from typing import Any
 
 import pytest
 import yaml
-from helm import CHART, Helm, HelmError, Manifest, one
+from helm import CHART, Helm, Manifest, one
 
 from sonoforge_operator.chart.documents import schema
 from sonoforge_operator.cluster.command import command
-from sonoforge_operator.cluster.metrics import Metrics
 from sonoforge_operator.crd import RESOURCES
 from sonoforge_operator.install import install
 
@@ -305,101 +302,3 @@ def test_the_default_runtime_is_made_once_its_kind_is_served(helm: Helm):
         assert runtime["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
         assert one(made, "ConfigMap", "sonoforge-ca", namespace)["data"] == {"ca.crt": "-----BEGIN CERTIFICATE-----\n"}
     assert names(helm.render(values), "PretrainRuntime") == []
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("values", "path", "says"),
-    [
-        ({"replica": 2}, "", "replica"),
-        ({"image": {"name": "x"}}, "/image", "name"),
-        ({"image": {"digest": "latest"}}, "/image/digest", "pattern"),
-        ({"networkPolicy": {"apiServer": {"cidr": []}}}, "/networkPolicy/apiServer", "cidr"),
-        ({"metrics": {"podMonitor": {"labels": {"a b": "c"}}}}, "/metrics/podMonitor/labels", "a b"),
-        ({"replicas": "two"}, "/replicas", "integer"),
-        ({"watchNamespaces": ["Fetal"]}, "/watchNamespaces/0", "pattern"),
-        ({"defaultRuntime": {"spec": {"workers": {"image": "x"}}}}, "/defaultRuntime/spec/workers", "image"),
-        ({"tolerations": [{"kee": "x"}]}, "/tolerations/0", "kee"),
-    ],
-)
-def test_a_value_that_does_not_exist_or_fit_is_refused_with_its_path(helm: Helm, values, path, says):
-    with pytest.raises(HelmError) as error:
-        helm.render(values)
-    lines = [line for line in str(error.value).splitlines() if line.lstrip().startswith("- at ")]
-    assert any(f"at '{path}'" in line and says in line for line in lines), str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("values", "path"),
-    [
-        ({"clusterWide": True, "watchNamespaces": ["a"]}, "watchNamespaces"),
-        ({"podDisruptionBudget": {"enabled": True}}, "podDisruptionBudget.enabled"),
-        (
-            {"metrics": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}},
-            "metrics.podMonitor.enabled",
-        ),
-        ({"admissionPolicy": {"requireDigests": True}}, "admissionPolicy.requireDigests"),
-        ({"clusterWide": True, "defaultRuntime": {"enabled": True}}, "jobNamespaces"),
-        ({"clusterWide": True, "extraCa": {"certificates": "x"}}, "jobNamespaces"),
-    ],
-)
-def test_values_that_do_not_fit_together_are_refused_with_what_is_allowed(helm: Helm, values, path):
-    with pytest.raises(HelmError, match=rf"{re.escape(path)}: found .*Allowed: "):
-        helm.render(values)
-
-
-def closed(part: Any, path: str = "") -> list[str]:
-    """Paths of the objects in a schema that take fields which nobody described."""
-    found = []
-    if isinstance(part, dict):
-        if part.get("type") == "object" and part.get("additionalProperties", True) is True and path != "/global":
-            found.append(path)
-        for key, value in part.items():
-            found += closed(value, path if key == "properties" else f"{path}/{key}")
-    elif isinstance(part, list):
-        found += [each for value in part for each in closed(value, path)]
-    return found
-
-
-def test_the_schema_is_closed_everywhere_and_says_what_each_value_means():
-    whole = schema()
-    assert closed(whole) == []
-    fields = [field for part in (whole, *whole["$defs"].values()) for field in part.get("properties", {}).values()]
-    assert len(fields) > 100
-    assert [f for f in fields if not f.get("description") and "$ref" not in f] == []
-
-
-# --- metrics ----------------------------------------------------------------------------------------------------------
-
-
-def metric_names() -> set[str]:
-    """Every name under which the operator shows a metric."""
-    found = set()
-    for family in Metrics().registry.collect():
-        match family.type:
-            case "counter":
-                found.add(f"{family.name}_total")
-            case "histogram":
-                found |= {f"{family.name}_{end}" for end in ("bucket", "count", "sum")}
-            case _:
-                found.add(family.name)
-    return found
-
-
-def expressions() -> dict[str, list[str]]:
-    alerts = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
-    board = json.loads((CHART / "files" / "dashboard.json").read_text())
-    return {
-        "alerts": [rule["expr"] for group in alerts["groups"] for rule in group["rules"]],
-        "dashboard": [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())],
-    }
-
-
-def test_alerts_and_the_dashboard_ask_for_metrics_that_exist():
-    used = {where: set(re.findall(r"sonoforge_\w+", " ".join(texts))) for where, texts in expressions().items()}
-    assert {where: names - metric_names() for where, names in used.items()} == {"alerts": set(), "dashboard": set()}
-    histograms = re.compile(r"_(bucket|count|sum)$")
-    shown = {histograms.sub("", name) for name in used["dashboard"]}
-    assert {histograms.sub("", name) for name in metric_names()} - shown == set(), "the dashboard shows all"
