@@ -73,6 +73,7 @@ from sonoforge_trainer.contract.exits import (
 from sonoforge_trainer.contract.progress import Activity, Progress, Request
 from sonoforge_trainer.contract.shards import Shard, ShardManifest, dataset_digest
 from sonoforge_trainer.contract.summary import CheckpointSummary, RunEvent, RunSummary
+from sonoforge_trainer.contract.tuning import FinetuneOptions, SegmentOptions
 
 __all__ = [
     "ARCHS",
@@ -107,6 +108,7 @@ __all__ = [
     "EvaluationResult",
     "ExecutionConfig",
     "ExitCode",
+    "FinetuneOptions",
     "HeadConfig",
     "LossConfig",
     "MaskConfig",
@@ -124,6 +126,7 @@ __all__ = [
     "RunSummary",
     "ScheduleConfig",
     "Score",
+    "SegmentOptions",
     "Shard",
     "ShardManifest",
     "StoredObject",

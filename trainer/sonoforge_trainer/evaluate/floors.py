@@ -29,6 +29,7 @@ from sonoforge_trainer.shards.reader import read_manifest
 from sonoforge_trainer.storage import Storage
 
 _CELL, _ORIENTATIONS = 8, 9
+_WITHOUT_FLOOR = ("health", "segment", "finetune")
 _THRESHOLDS = tuple(round(0.05 * n, 2) for n in range(1, 16))
 
 
@@ -60,11 +61,13 @@ class HogModel:
 def floors(evaluation: Evaluation, storage: Storage) -> dict[str, Score]:
     """Scores of every floor as `FLOOR:NAME-PROTOCOL/METRIC`, for example `raw-pixels:planes-knn/f1_macro`.
 
-    Health is left out, and so are validation scores: nothing is chosen among floors. Deterministic, on the CPU. Raises
-    what `evaluate` raises for the data set.
+    Health and the protocols that train a backbone are left out, and so are validation scores: nothing is chosen among
+    floors. Deterministic, on the CPU. Raises what `evaluate` raises for the data set.
     """
     manifest = read_manifest(evaluation.shards, storage)
-    protocols: list[Protocol] = [name for name in evaluation.protocols if name != "health"]
+    protocols: list[Protocol] = [name for name in evaluation.protocols if name not in _WITHOUT_FLOOR]
+    if not protocols:
+        return {}
     models: Mapping[str, FeatureModel] = {"raw-pixels": PixelModel(), "hog": HogModel()}
     found: dict[str, Score] = {}
     for floor, model in models.items():

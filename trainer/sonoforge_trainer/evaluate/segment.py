@@ -78,6 +78,12 @@ def decode_mask(data: bytes, classes: int) -> npt.NDArray[np.uint8]:
     return mask
 
 
+def validation_images(images: int) -> list[int]:
+    """Which images of a validation split of so many selection looks at."""
+    chosen = np.linspace(0, images - 1, min(images, VALIDATION_IMAGES)).round().astype(np.int64)
+    return [int(image) for image in np.unique(chosen)]
+
+
 def class_shares(mask_hw: npt.NDArray[np.uint8], classes: int, grid: tuple[int, int]) -> Tensor:
     """Share of every class in each patch [h * w, K]; rows sum to one."""
     one_hot = torch.nn.functional.one_hot(torch.from_numpy(mask_hw.astype(np.int64)), classes)
@@ -136,8 +142,7 @@ def segment_probe(
     `[val_]{knn|logreg}_dice_foreground` of the best of each probe.
     """
     features, shares = training_patches(problem, seed)
-    images = len(problem.masks["val"])
-    validation = np.unique(np.linspace(0, images - 1, min(images, VALIDATION_IMAGES)).round().astype(np.int64)).tolist()
+    validation = validation_images(len(problem.masks["val"]))
     details: dict[str, object] = {
         "images": {split: len(masks) for split, masks in problem.masks.items()},
         "train_patches": len(features),
