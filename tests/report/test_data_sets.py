@@ -105,7 +105,7 @@ def test_a_set_that_is_gone_or_was_replaced_says_nothing_of_its_licence(made):
 def evaluated(details: dict[str, object]) -> dict[str, Evaluated]:
     ref = CheckpointRef(step=1, samples=1, uri="file:///c", manifest_digest=SHA, created="")
     result = result_of("file:///s/shards.json", SHA, details=details, chosen={"knn": "k=10"})
-    return {"phantoms": Evaluated(CheckpointSummary(ref=ref), result, "file:///c/eval")}
+    return {"phantoms": Evaluated(result, "file:///c/eval", CheckpointSummary(ref=ref))}
 
 
 def test_a_matrix_is_shaded_by_the_share_of_its_row():
