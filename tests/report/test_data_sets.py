@@ -43,13 +43,19 @@ def result_of(shards: str, digest: str, **changes: object) -> EvaluationResult:
 def card(digest: str, **changes: object) -> str:
     document = {
         "format": "sonoforge.datacard/v1",
+        "name": "phantoms",
+        "importer": "folders",
+        "maskClasses": [],
         "title": "Phantoms of a test",
         "licence": "CC-BY-4.0",
         "citation": "Somebody, 2026",
         "source": "https://example.org",
         "datasetDigest": digest,
         "splitRule": "by patient",
-        "splits": {"test": {"samples": 6, "patients": 3, "labels": {"head": 4, "femur": 2}}, "val": {"samples": 99}},
+        "splits": {
+            "test": {"samples": 6, "patients": 3, "clips": 0, "masks": 0, "labels": {"head": 4, "femur": 2}},
+            "val": {"samples": 99, "patients": 9, "clips": 0, "masks": 0, "labels": {}},
+        },
         "findings": [
             {"code": "duplicates", "state": "warning", "count": 2, "text": "images occur twice"},
             {"code": "rgba", "state": "ok", "count": 0, "text": "images have an alpha channel"},
