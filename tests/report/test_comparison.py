@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sonoforge_trainer.contract import Artifacts, EvaluationResult, Evidence, RunSummary, SampleConfusions, Score
+from sonoforge_trainer.contract import (
+    Artifacts,
+    Baseline,
+    EvaluationResult,
+    Evidence,
+    RunSummary,
+    SampleConfusions,
+    Score,
+)
 from sonoforge_trainer.evaluate.metrics import f1_macro
 from sonoforge_trainer.report.comparison import models_of, tables
 from sonoforge_trainer.report.runs import Run, read_run
@@ -141,6 +149,36 @@ def test_outcomes_beside_the_results_are_used_for_pairs(summary: RunSummary, tru
         path.write_text(result.model_copy(update={"artifacts": Artifacts(evidence="e.json")}).to_json())
     (table,) = tables(models_of([read_run(summary, Storage())]), Storage())
     assert [c.verdict.paired for c in table.columns[0].cells] == [True, False, True, False]
+
+
+def test_a_baseline_kept_beside_the_checkpoints_is_a_row_and_is_compared_by_pairs(summary: RunSummary, truth):
+    root = Path(summary.checkpoints_uri.removeprefix("file://"))
+    for checkpoint in summary.checkpoints:
+        path = Path(checkpoint.results[0].removeprefix("file://"))
+        result = EvaluationResult.from_json(path.read_text())
+        evidence = Evidence(
+            dataset_digest=SHA, label="label", protocols={"knn": outcomes(truth, flipped(truth, 50, 7))}
+        )
+        (path.parent / "e.json").write_text(evidence.to_json())
+        path.write_text(result.model_copy(update={"artifacts": Artifacts(evidence="e.json")}).to_json())
+    baseline = Baseline(name="natural-images", kind="weights", uri="file:///w/dinov2.safetensors")
+    folder = root / "baselines" / baseline.id / "eval"
+    folder.mkdir(parents=True)
+    better = Evidence(dataset_digest=SHA, label="label", protocols={"knn": outcomes(truth, flipped(truth, 5, 8))})
+    (folder / "e.json").write_text(better.to_json())
+    request = result.request.model_copy(update={"baseline": baseline})
+    changes = {
+        "request": request,
+        "scores": {"knn/f1_macro": Score(value=0.97), "knn/val_f1_macro": Score(value=0.9)},
+        "artifacts": Artifacts(evidence="e.json"),
+    }
+    (folder / "planes-0011.json").write_text(result.model_copy(update=changes).to_json())
+    floors = summary.floors | {"natural-images:planes-knn/f1_macro": Score(value=0.97)}
+    (table,) = tables(models_of([read_run(summary.model_copy(update={"floors": floors}), Storage())]), Storage())
+    assert [m.name for m in table.models][-2:] == ["natural images", "raw pixels"]
+    found = {m.name: c.verdict for m, c in zip(table.models, table.columns[0].cells, strict=True)}
+    assert found["natural images"].relation == "best"
+    assert (found["best checkpoint"].relation, found["best checkpoint"].paired) == ("worse", True)
 
 
 def test_floors_that_differ_between_runs_get_rows_of_their_own(summary):

@@ -43,13 +43,19 @@ def result_of(shards: str, digest: str, **changes: object) -> EvaluationResult:
 def card(digest: str, **changes: object) -> str:
     document = {
         "format": "sonoforge.datacard/v1",
+        "name": "phantoms",
+        "importer": "folders",
+        "maskClasses": [],
         "title": "Phantoms of a test",
         "licence": "CC-BY-4.0",
         "citation": "Somebody, 2026",
         "source": "https://example.org",
         "datasetDigest": digest,
         "splitRule": "by patient",
-        "splits": {"test": {"samples": 6, "patients": 3, "labels": {"head": 4, "femur": 2}}, "val": {"samples": 99}},
+        "splits": {
+            "test": {"samples": 6, "patients": 3, "clips": 0, "masks": 0, "labels": {"head": 4, "femur": 2}},
+            "val": {"samples": 99, "patients": 9, "clips": 0, "masks": 0, "labels": {}},
+        },
         "findings": [
             {"code": "duplicates", "state": "warning", "count": 2, "text": "images occur twice"},
             {"code": "rgba", "state": "ok", "count": 0, "text": "images have an alpha channel"},
@@ -105,7 +111,7 @@ def test_a_set_that_is_gone_or_was_replaced_says_nothing_of_its_licence(made):
 def evaluated(details: dict[str, object]) -> dict[str, Evaluated]:
     ref = CheckpointRef(step=1, samples=1, uri="file:///c", manifest_digest=SHA, created="")
     result = result_of("file:///s/shards.json", SHA, details=details, chosen={"knn": "k=10"})
-    return {"phantoms": Evaluated(CheckpointSummary(ref=ref), result, "file:///c/eval")}
+    return {"phantoms": Evaluated(result, "file:///c/eval", CheckpointSummary(ref=ref))}
 
 
 def test_a_matrix_is_shaded_by_the_share_of_its_row():

@@ -9,7 +9,15 @@ import pytest
 from report_material import commit
 
 from sonoforge_trainer.checkpoint.store import PRUNED
-from sonoforge_trainer.contract import MANIFEST, CheckpointSummary, ContractError
+from sonoforge_trainer.contract import (
+    MANIFEST,
+    Baseline,
+    CheckpointSummary,
+    ContractError,
+    EvaluationResult,
+    Score,
+)
+from sonoforge_trainer.report.catalogue import list_runs
 from sonoforge_trainer.report.cli import put_summary
 from sonoforge_trainer.report.runs import metric_records, open_run, survey
 from sonoforge_trainer.storage import Storage
@@ -51,6 +59,21 @@ def test_a_published_summary_adds_what_storage_does_not_say(summary, storage):
     assert found.floors == real.floors
     assert found.events == real.events
     assert found.checkpoints == real.checkpoints
+
+
+def test_baselines_beside_the_checkpoints_are_lines_and_rows_without_any_summary(summary, storage):
+    real = commit(summary, ("a", "a", "a"))
+    result = EvaluationResult.from_json(Path(real.checkpoints[0].results[0].removeprefix("file://")).read_text())
+    baseline = Baseline(name="natural", kind="random")
+    request = result.request.model_copy(update={"baseline": baseline})
+    scores = {"knn/f1_macro": Score(value=0.625), "knn/val_f1_macro": Score(value=0.5)}
+    text = result.model_copy(update={"request": request, "scores": scores}).to_json()
+    storage.write(f"{real.checkpoints_uri}/baselines/{baseline.id}/eval/planes-0011.json", text.encode())
+    before = list_runs(real.checkpoints_uri, storage)
+    assert survey(real.checkpoints_uri, storage).floors == {"natural:planes-knn/f1_macro": Score(value=0.625)}
+    storage.write(f"{real.checkpoints_uri}/baselines/{baseline.id}/eval/planes-0011.json", b"{}")
+    assert survey(real.checkpoints_uri, storage).floors == {}
+    assert list_runs(real.checkpoints_uri, storage)[0].digest != before[0].digest
 
 
 def test_a_run_that_went_on_after_its_summary_shows_its_new_checkpoints(summary, storage):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from sonoforge_trainer.contract import COMMIT, METRICS, canonical_json, parse_prefix
-from sonoforge_trainer.report.runs import SUMMARY
+from sonoforge_trainer.report.runs import BASELINES, SUMMARY
 from sonoforge_trainer.storage import ObjectInfo, Storage
 
 _MARKER = "/step-"
@@ -42,20 +42,20 @@ def list_runs(runs_uri: str, storage: Storage) -> list[Listed]:
     """Every run with a committed checkpoint below a URI, by path. One LIST; raises StorageError."""
     base = runs_uri.rstrip("/")
     objects: dict[str, list[tuple[str, ObjectInfo]]] = {}
-    summaries: dict[str, ObjectInfo] = {}
+    beside: dict[str, list[ObjectInfo]] = {}
     for info in storage.list(f"{base}/"):
         below = info.uri.removeprefix(base)
         run, marker, rest = below.partition(_MARKER)
         if marker and parse_prefix(marker + rest):
             objects.setdefault(run, []).append((marker + rest, info))
-        elif below.endswith(f"/{SUMMARY}"):
-            summaries[below.removesuffix(f"/{SUMMARY}")] = info
-    found = [_listed(base, run, named, summaries.get(run)) for run, named in sorted(objects.items())]
+        elif below.endswith(f"/{SUMMARY}") or f"/{BASELINES}/" in below:
+            beside.setdefault(below.partition(f"/{BASELINES}/")[0].removesuffix(f"/{SUMMARY}"), []).append(info)
+    found = [_listed(base, run, named, beside.get(run, [])) for run, named in sorted(objects.items())]
     return [run for run in found if run.checkpoints]
 
 
-def _listed(base: str, run: str, named: Iterable[tuple[str, ObjectInfo]], summary: ObjectInfo | None) -> Listed:
-    made_from: list[tuple[str, int, str]] = [(SUMMARY, summary.size, summary.etag)] if summary else []
+def _listed(base: str, run: str, named: Iterable[tuple[str, ObjectInfo]], beside: Iterable[ObjectInfo]) -> Listed:
+    made_from = [(info.uri.removeprefix(base), info.size, info.etag) for info in beside]
     steps: dict[str, int] = {}
     results = 0
     for name, info in named:

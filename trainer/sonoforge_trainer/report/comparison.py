@@ -16,12 +16,15 @@ from sonoforge_trainer.contract import (
     split_score,
 )
 from sonoforge_trainer.report.curves import is_headline
-from sonoforge_trainer.report.runs import Evaluated, Run
+from sonoforge_trainer.report.runs import Measured, Run
 from sonoforge_trainer.report.significance import Verdict, compared, same_samples
 from sonoforge_trainer.storage import Storage, StorageError
 
 _UNRANKED = ("health",)
 """Protocols whose numbers are not better the higher they are."""
+
+_ROUNDED = 1e-5
+"""Scores that an operator tells are rounded to six digits."""
 
 log = structlog.get_logger(__name__)
 
@@ -36,8 +39,8 @@ class Model:
     """What it is."""
     scores: Mapping[str, Score]
     """By EVALUATION-PROTOCOL/METRIC, on test."""
-    results: Mapping[str, Evaluated] = field(default_factory=dict)
-    """Complete results by evaluation; none for floors."""
+    results: Mapping[str, Measured] = field(default_factory=dict)
+    """Complete results by evaluation, as far as they are at hand."""
 
 
 @dataclass(frozen=True)
@@ -153,18 +156,21 @@ def _shown(checkpoints: Sequence[CheckpointSummary]) -> list[tuple[CheckpointSum
 
 
 def _floors(runs: Sequence[Run]) -> list[Model]:
-    """Floors by name. Runs on the same data have the same floors; a run whose floors differ gets rows of its own."""
+    """Floors and baselines by name. Runs on the same data have the same; one whose differ gets rows of its own."""
     found: dict[str, dict[str, Score]] = {}
+    results: dict[str, dict[str, Measured]] = {}
     for run in runs:
         mine: dict[str, dict[str, Score]] = {}
         for key, score in run.summary.floors.items():
             floor, _, name = key.partition(":")
             mine.setdefault(floor, {})[name] = score
         for floor, scores in mine.items():
-            known = found.setdefault(floor, {})
-            agrees = all(known[name].value == score.value for name, score in scores.items() if name in known)
-            (known if agrees else found.setdefault(f"{floor} ({run.name})", {})).update(scores)
-    return [Model(floor.replace("-", " "), "baseline", scores) for floor, scores in sorted(found.items())]
+            known = found.get(floor, {})
+            agrees = all(abs(known[name].value - s.value) < _ROUNDED for name, s in scores.items() if name in known)
+            row = floor if agrees else f"{floor} ({run.name})"
+            found.setdefault(row, {}).update(scores)
+            results.setdefault(row, {}).update({m.evaluation: m for name, m in run.baselines if name == floor})
+    return [Model(row.replace("-", " "), "baseline", scores, results[row]) for row, scores in sorted(found.items())]
 
 
 def _column(name: str, models: Iterable[Model], evidence: _Evidence) -> Column:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import structlog
 
 from sonoforge_trainer.contract import ContractError, EvaluationResult, ShardManifest
+from sonoforge_trainer.datasets.card import CARD, DataCard, SplitCard
 from sonoforge_trainer.storage import ObjectNotFoundError, Storage, StorageError
-
-CARD = "card.json"
-"""Name of the card that `sonoforge datasets import` writes beside the shards."""
-_CARD_FORMAT = "sonoforge.datacard/"
 
 log = structlog.get_logger(__name__)
 
@@ -57,34 +52,28 @@ def data_sets(results: Iterable[EvaluationResult], storage: Storage) -> list[Dat
 
 def _data_set(result: EvaluationResult, storage: Storage) -> DataSet:
     evaluation = result.request.evaluation
-    manifest = _manifest(result, storage)
-    card = _card(result, storage)
-    known = card.get("splits") if isinstance(card.get("splits"), dict) else {}
-    assert isinstance(known, dict)
-    splits = {split: _split(images, known.get(split)) for split, images in result.counts.items()}
-    told = card.get("findings")
-    found = [f for f in told if isinstance(f, dict)] if isinstance(told, list) else []
+    manifest, card = _manifest(result, storage), _card(result, storage)
+    counted = card.splits if card else {}
+    findings = card.findings if card else ()
     return DataSet(
         evaluation=evaluation.name,
-        name=_text(card, "title") or (manifest.name if manifest else ""),
+        name=card.title if card else manifest.name if manifest else "",
         synthetic=bool(manifest and manifest.synthetic),
-        licence=_text(card, "licence") or (manifest.licence if manifest else ""),
-        citation=_text(card, "citation") or (manifest.citation if manifest else ""),
-        splits=splits,
+        licence=card.licence if card else manifest.licence if manifest else "",
+        citation=card.citation if card else manifest.citation if manifest else "",
+        splits={split: _split(images, counted.get(split)) for split, images in result.counts.items()},
         selection=evaluation.where,
-        source=_text(card, "source"),
-        split_rule=_text(card, "splitRule"),
-        findings=tuple((_text(f, "state"), _count(f, "count") or 0, _text(f, "text")) for f in found if f.get("count")),
-        looked_for=len(found) if card else None,
+        source=card.source if card else "",
+        split_rule=card.split_rule if card else "",
+        findings=tuple((f.state, f.count, f.text) for f in findings if f.count),
+        looked_for=len(findings) if card else None,
     )
 
 
-def _split(images: int, card: object) -> SplitCounts:
-    if not isinstance(card, dict) or _count(card, "samples") != images:
+def _split(images: int, card: SplitCard | None) -> SplitCounts:
+    if card is None or card.samples != images:
         return SplitCounts(images)  # the evaluation used another part of the set than the card counts
-    labels = card.get("labels")
-    counted = {str(k): v for k, v in labels.items() if type(v) is int} if isinstance(labels, dict) else {}
-    return SplitCounts(images, _count(card, "patients") or None, counted)
+    return SplitCounts(images, card.patients or None, card.labels)
 
 
 def _manifest(result: EvaluationResult, storage: Storage) -> ShardManifest | None:
@@ -97,25 +86,14 @@ def _manifest(result: EvaluationResult, storage: Storage) -> ShardManifest | Non
     return manifest if manifest.dataset_digest == result.dataset_digest else None
 
 
-def _card(result: EvaluationResult, storage: Storage) -> dict[str, Any]:
-    """The card beside the shards, where there is one of the very set that was evaluated; else nothing."""
+def _card(result: EvaluationResult, storage: Storage) -> DataCard | None:
+    """The card beside the shards, where there is one of the very set that was evaluated."""
     uri = f"{result.request.evaluation.shards.rpartition('/')[0]}/{CARD}"
     try:
-        card = json.loads(storage.read(uri))
+        card = DataCard.from_json(storage.read(uri), where=CARD, show_values=False)
     except ObjectNotFoundError:
-        return {}
-    except (StorageError, ValueError) as error:
+        return None
+    except (StorageError, ContractError) as error:
         log.warning("report.card_unreadable", evaluation=result.request.evaluation.name, reason=type(error).__name__)
-        return {}
-    known = isinstance(card, dict) and str(card.get("format", "")).startswith(_CARD_FORMAT)
-    return card if known and card.get("datasetDigest") == result.dataset_digest else {}
-
-
-def _text(document: Mapping[str, Any], name: str) -> str:
-    value = document.get(name)
-    return value if isinstance(value, str) else ""
-
-
-def _count(document: Mapping[str, Any], name: str) -> int | None:
-    value = document.get(name)
-    return value if type(value) is int else None
+        return None
+    return card if card.dataset_digest == result.dataset_digest else None

@@ -21,6 +21,7 @@ from sonoforge_trainer.contract import (
     EvaluationResult,
     RunEvent,
     RunSummary,
+    Score,
     is_validation_score,
     selection_score,
 )
@@ -29,15 +30,16 @@ from sonoforge_trainer.storage import ObjectNotFoundError, Storage, StorageError
 SUMMARY = "summary.json"
 """Name of the summary, in the state folder of `sonoforge run` and beside the checkpoints."""
 
+BASELINES = "baselines"
+"""Folder beside the checkpoints where results of a suite's baselines are kept."""
+
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Measured:
     """One complete result, and where it was read."""
 
-    checkpoint: CheckpointSummary
-    """What was evaluated."""
     result: EvaluationResult
     """What was found."""
     folder: str
@@ -48,9 +50,22 @@ class Evaluated:
         """Name of the evaluation."""
         return self.result.request.evaluation.name
 
+    @property
+    def scores(self) -> dict[str, Score]:
+        """Its scores by EVALUATION-PROTOCOL/METRIC."""
+        return {f"{self.evaluation}-{name}": score for name, score in self.result.scores.items()}
+
     def beside(self, name: str) -> str:
         """URI of one of the result's documents or pictures."""
         return f"{self.folder}/{name}"
+
+
+@dataclass(frozen=True)
+class Evaluated(Measured):
+    """One complete result of a checkpoint."""
+
+    checkpoint: CheckpointSummary
+    """What was evaluated."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,8 @@ class Run:
     """Metric records, each step once, in order."""
     results: Sequence[Evaluated]
     """The complete results, in the order of the checkpoints."""
+    baselines: Sequence[tuple[str, Measured]] = ()
+    """(name, result) of the baselines that were measured for the run."""
 
     @property
     def name(self) -> str:
@@ -78,7 +95,12 @@ class Run:
 
 def read_run(summary: RunSummary, storage: Storage) -> Run:
     """Read the logs and results that a summary names. What cannot be read is left out and named in the log."""
-    return Run(summary, metric_records(summary, storage), evaluation_results(summary, storage))
+    try:
+        baselines = baseline_results(summary.checkpoints_uri, storage)
+    except StorageError as error:
+        log.warning("report.baselines_missing", reason=type(error).__name__)
+        baselines = []
+    return Run(summary, metric_records(summary, storage), evaluation_results(summary, storage), baselines)
 
 
 def open_run(where: str, storage: Storage, *, best_by: str | None = None) -> RunSummary:
@@ -113,8 +135,15 @@ def survey(uri: str, storage: Storage, *, best_by: str | None = None) -> RunSumm
     written = _written_summary(uri, storage)
     known = {c.ref.id: c for c in written.checkpoints} if written else {}
     checkpoints = tuple(_with_results(one, known.get(one.ref.id), storage) for one in seen)
+    floors = {
+        f"{name}:{score}": value
+        for name, measured in baseline_results(uri, storage)
+        for score, value in measured.scores.items()
+        if not is_validation_score(score)
+    }
     if written is not None:
-        return written.model_copy(update={"checkpoints": checkpoints, "checkpoints_uri": uri})
+        floors |= written.floors
+        return written.model_copy(update={"checkpoints": checkpoints, "checkpoints_uri": uri, "floors": floors})
     return RunSummary(
         job=seen[-1].job or uri.rpartition("/")[2],
         uid=seen[-1].uid or uri,
@@ -122,6 +151,7 @@ def survey(uri: str, storage: Storage, *, best_by: str | None = None) -> RunSumm
         checkpoints_uri=uri,
         best_by=best_by,
         checkpoints=_marked(checkpoints, best_by),
+        floors=floors,
         events=tuple(_new_groups(seen)),
         started=_unix(seen[0].ref.created),
     )
@@ -153,7 +183,19 @@ def evaluation_results(summary: RunSummary, storage: Storage) -> list[Evaluated]
         for uri in checkpoint.results:
             result = _result(uri, storage)
             if result is not None:
-                found.append(Evaluated(checkpoint, result, uri.rpartition("/")[0]))
+                found.append(Evaluated(result, uri.rpartition("/")[0], checkpoint))
+    return found
+
+
+def baseline_results(checkpoints_uri: str, storage: Storage) -> list[tuple[str, Measured]]:
+    """(name, result) of every baseline that is kept beside a run's checkpoints. Raises StorageError."""
+    found = []
+    for info in storage.list(f"{checkpoints_uri.rstrip('/')}/{BASELINES}/"):
+        folder = info.uri.rpartition("/")[0]
+        if folder.endswith("/eval") and info.uri.endswith(".json"):
+            result = _result(info.uri, storage)
+            if result is not None and result.request.baseline is not None:
+                found.append((result.request.baseline.name, Measured(result, folder)))
     return found
 
 
