@@ -59,7 +59,7 @@ def test_the_best_epoch_on_validation_is_kept_and_the_test_split_is_looked_at_on
         return of_real(model, source, rows)
 
     monkeypatch.setattr(module, "probabilities", counted)
-    finding = found((source, task), epochs=5, learning_rate=2e-3)
+    finding = found((source, task), epochs=5, warmup=0.9)
     candidates = finding.details["validation_balanced_accuracy"]
     assert list(candidates) == [f"epoch {n}" for n in range(1, 6)]
     assert finding.chosen == best(candidates)
