@@ -41,10 +41,20 @@ def _missing(what: str) -> NoReturn:
 @pytest.fixture(scope="module", params=binaries.HELMS, ids=lambda major: f"helm{major}")
 def helm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Helm:
     """Helm of one major version; a test that asks for it runs with each."""
+    return _helm(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def newest_helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    """The newest Helm, for tests of what a chart means and not of what makes it."""
+    return _helm(max(binaries.HELMS), tmp_path_factory)
+
+
+def _helm(major: int, tmp_path_factory: pytest.TempPathFactory) -> Helm:
     found = binaries.find_helm()
     if found is None:
         _missing("helm is not built")
-    return Helm(found[request.param], request.param, tmp_path_factory.mktemp("helm"))
+    return Helm(found[major], major, tmp_path_factory.mktemp("helm"))
 
 
 @pytest.fixture(scope="session")

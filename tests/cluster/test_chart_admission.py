@@ -61,10 +61,10 @@ class Guarded:
 
 
 @pytest.fixture(scope="module")
-def guarded(helm: Helm, control_plane, nodes) -> Iterator[Guarded]:
+def guarded(newest_helm: Helm, control_plane, nodes) -> Iterator[Guarded]:
     with own_namespace(control_plane, "guarded") as namespace:
         values = {"trainerImage": {"digest": "sha256:" + "5f" * 32}, "admissionPolicy": {"requireDigests": True}}
-        manifests = [m for m in helm.render(values, namespace=namespace) if m["kind"] in KINDS]
+        manifests = [m for m in newest_helm.render(values, namespace=namespace) if m["kind"] in KINDS]
         bindings = [
             {
                 "apiVersion": "rbac.authorization.k8s.io/v1",

@@ -155,10 +155,10 @@ OF_THE_OPERATOR = {("operator", "dns"): DNS, ("prometheus", "operator"): tcp(808
 
 @pytest.mark.parametrize("blocks_hold_for_pods", [True, False], ids=["blocks-hold-for-pods", "blocks-hold-outside"])
 @pytest.mark.parametrize("operator_at", ["sonoforge-system", "research"])
-def test_nothing_passes_but_what_a_run_needs(helm: Helm, operator_at, blocks_hold_for_pods):
+def test_nothing_passes_but_what_a_run_needs(newest_helm: Helm, operator_at, blocks_hold_for_pods):
     """Workers reach each other, their coordinator, DNS and storage; the operator reaches coordinators; no more."""
     values = CHART | ({"watchNamespaces": ["research"]} if operator_at != "research" else {})
-    rendered = helm.render(values, namespace=operator_at)
+    rendered = newest_helm.render(values, namespace=operator_at)
     made = world(NARROW, rendered, blocks_hold_for_pods=blocks_hold_for_pods, operator_at=operator_at)
     storage = {("", "storage"): tcp(8333)}
     expected = of_jobs(storage) | OF_THE_OPERATOR | {("operator", "API server"): tcp(6443)}
@@ -166,9 +166,9 @@ def test_nothing_passes_but_what_a_run_needs(helm: Helm, operator_at, blocks_hol
     assert len(made.pods) ** 2 * len(TRIED) > 10_000, "connections that were tried"
 
 
-def test_where_no_addresses_are_given_the_ports_alone_are_open(helm: Helm):
+def test_where_no_addresses_are_given_the_ports_alone_are_open(newest_helm: Helm):
     """The defaults know no address of the storage or of the API server, and say so in docs/operations.md."""
-    made = world({}, helm.render(namespace="research"), blocks_hold_for_pods=True, operator_at="research")
+    made = world({}, newest_helm.render(namespace="research"), blocks_hold_for_pods=True, operator_at="research")
     hosts = ("storage", "API server", "another host", "internet", "internet6")
     open_pods = (
         "dns",
@@ -185,18 +185,18 @@ def test_where_no_addresses_are_given_the_ports_alone_are_open(helm: Helm):
     assert made.reached() == of_jobs(storage) | OF_THE_OPERATOR | operator
 
 
-def test_no_job_reaches_the_metadata_service_of_its_node_by_default(helm: Helm):
+def test_no_job_reaches_the_metadata_service_of_its_node_by_default(newest_helm: Helm):
     """It answers on port 80 with the credentials of the node, and a storage may well be on port 80."""
     network = {"storagePorts": [80, 443]}
-    made = world(network, helm.render(namespace="research"), blocks_hold_for_pods=True, operator_at="research")
+    made = world(network, newest_helm.render(namespace="research"), blocks_hold_for_pods=True, operator_at="research")
     reached = {source for source, target in made.reached() if target == "metadata service"}
     assert reached == {"operator"}
     assert made.reached()["fetal/worker-0", "internet"] == tcp(80, 443)
 
 
-def test_metrics_are_read_by_whom_the_values_name_and_by_nobody_without(helm: Helm):
+def test_metrics_are_read_by_whom_the_values_name_and_by_nobody_without(newest_helm: Helm):
     def readers(metrics_from: list[Any]) -> set[str]:
-        rendered = helm.render({"networkPolicy": {"metricsFrom": metrics_from}}, namespace="sonoforge-system")
+        rendered = newest_helm.render({"networkPolicy": {"metricsFrom": metrics_from}}, namespace="sonoforge-system")
         made = world(NARROW, rendered, blocks_hold_for_pods=True, operator_at="sonoforge-system")
         return {source for (source, target), _ in made.reached().items() if target == "operator"}
 
@@ -206,10 +206,10 @@ def test_metrics_are_read_by_whom_the_values_name_and_by_nobody_without(helm: He
 
 
 @pytest.mark.parametrize("cluster_wide", [True, False], ids=["cluster-wide", "namespaced"])
-def test_the_manifests_mean_what_the_chart_means(helm: Helm, cluster_wide):
+def test_the_manifests_mean_what_the_chart_means(newest_helm: Helm, cluster_wide):
     operator_at = "sonoforge-system" if cluster_wide else "research"
     values = {"clusterWide": cluster_wide}
-    rendered = helm.render(values, namespace=operator_at)
+    rendered = newest_helm.render(values, namespace=operator_at)
     reached = [
         world(NARROW, made, blocks_hold_for_pods=True, operator_at=operator_at).reached()
         for made in (rendered, list(install(cluster_wide=cluster_wide)))
@@ -217,8 +217,8 @@ def test_the_manifests_mean_what_the_chart_means(helm: Helm, cluster_wide):
     assert reached[0] == reached[1]
 
 
-def test_without_policies_of_a_job_strangers_reach_its_store(helm: Helm):
+def test_without_policies_of_a_job_strangers_reach_its_store(newest_helm: Helm):
     """What the policies are for; this is what the other tests would see if they saw nothing."""
-    rendered = helm.render(CHART, namespace="research")
+    rendered = newest_helm.render(CHART, namespace="research")
     made = world({"policies": False}, rendered, blocks_hold_for_pods=True, operator_at="research")
     assert made.reached()["stranger elsewhere", "fetal/coordinator"] == ALL

@@ -115,9 +115,9 @@ class Network:
 
 
 @pytest.fixture(scope="module")
-def narrow(helm: Helm) -> World:
+def narrow(newest_helm: Helm) -> World:
     """The world of the other tests, without what speaks another protocol than IPv4."""
-    rendered = helm.render(CHART | {"watchNamespaces": ["research"]}, namespace="sonoforge-system")
+    rendered = newest_helm.render(CHART | {"watchNamespaces": ["research"]}, namespace="sonoforge-system")
     made = world(NARROW, rendered, blocks_hold_for_pods=True, operator_at="sonoforge-system")
     return World(tuple(pod for pod in made.pods if ":" not in pod.address), made.policies)
 

@@ -104,6 +104,7 @@ def test_the_id_of_a_checkpoint_sorts_by_step():
 
 def test_a_score_name_is_split_at_its_protocol():
     assert split_score("hc18-head-segment-probe/dice") == ("hc18-head", "segment-probe", "dice")
+    assert split_score("hc18-head-segment/5shot_dice") == ("hc18-head", "segment", "5shot_dice")
     with pytest.raises(ValueError, match="is not a score"):
         split_score("planes/f1")
 
@@ -114,6 +115,8 @@ def test_a_score_name_is_split_at_its_protocol():
         ("planes-knn/f1_macro", "planes-knn/val_f1_macro"),
         ("knn/f1_macro", "knn/val_f1_macro"),
         ("hc18-head-segment-probe/dice_mean", "hc18-head-segment-probe/val_dice_mean"),
+        ("hc18-segment/5shot_dice_mean", "hc18-segment/val_5shot_dice_mean"),
+        ("planes-finetune/f1_macro", "planes-finetune/val_f1_macro"),
         ("planes-health/rankme", "planes-health/rankme"),
         ("health/teacher_entropy", "health/teacher_entropy"),
         ("ward-health-knn/f1_macro", "ward-health-knn/val_f1_macro"),

@@ -17,7 +17,15 @@ from click.testing import CliRunner
 from evaluation_material import png, request_of, write_checkpoint
 
 from sonoforge_trainer import termination
-from sonoforge_trainer.contract import ENV_TERMINATION_LOG, EvaluationResult, Score, Termination, selection_score
+from sonoforge_trainer.contract import (
+    ENV_TERMINATION_LOG,
+    EvaluationResult,
+    FinetuneOptions,
+    Score,
+    SegmentOptions,
+    Termination,
+    selection_score,
+)
 from sonoforge_trainer.evaluate.cli import command, succeeded
 from sonoforge_trainer.evaluate.run import evaluate
 from sonoforge_trainer.redact import KeyHasher
@@ -88,6 +96,40 @@ def test_a_killed_evaluation_that_is_started_again_gives_the_same_numbers_and_on
     (only,) = results_below(checkpoint)
     found = EvaluationResult.from_json(only.read_bytes())
     assert found.feature_passes == 0
+    # The same weights, evaluated without being killed.
+    unhurt = write_checkpoint(storage, (tmp_path / "unhurt").as_uri())
+    changes = {"checkpoint_uri": unhurt[0], "checkpoint_digest": unhurt[1]}
+    assert evaluate(request.model_copy(update=changes), storage, torch.device("cpu")).scores == found.scores
+
+
+@pytest.mark.parametrize("protocol", ["segment", "finetune"])
+def test_a_training_that_is_killed_and_started_again_gives_the_same_numbers_and_one_result(
+    start, tmp_path, checkpoint, phantoms, storage, protocol
+):
+    """Killed between two looks at the validation split, of which its log tells."""
+    request = request_of(
+        checkpoint,
+        phantoms,
+        protocol,
+        segment=SegmentOptions(steps=12, batch=4, validate_every=2, backbone="tuned", shots=(2,)),
+        finetune=FinetuneOptions(epochs=4, batch=16, learning_rate=1e-3),
+        seeds=2,
+    )
+    path = tmp_path / "request.json"
+    path.write_text(request.to_json())
+    killed = start("--request", path)
+    looks = (line for line in killed.stderr if "validated" in line)
+    assert next(looks)
+    assert next(looks)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert results_below(checkpoint) == []
+    again = start("--request", path)
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    (only,) = results_below(checkpoint)
+    found = EvaluationResult.from_json(only.read_bytes())
+    assert found.chosen.keys() == {protocol}
     # The same weights, evaluated without being killed.
     unhurt = write_checkpoint(storage, (tmp_path / "unhurt").as_uri())
     changes = {"checkpoint_uri": unhurt[0], "checkpoint_digest": unhurt[1]}
@@ -201,19 +243,21 @@ def test_many_scores_still_fit_into_a_termination_message():
 
 
 def test_what_checkpoints_are_compared_by_is_never_left_out_of_a_termination_message():
-    """A suite entry of every protocol with thirty shots: 250 few-shot scores on test and as many on validation."""
+    """A suite entry of every protocol with thirty shots: 490 few-shot scores on test and as many on validation."""
     metrics = ("accuracy", "balanced_accuracy", "f1_macro", "auroc_macro")
-    names = [f"{p}/{m}" for p in ("knn", "linear", "logreg") for m in metrics]
+    names = [f"{p}/{m}" for p in ("knn", "linear", "logreg", "finetune") for m in metrics]
     names += [f"fewshot/{p}_{n}shot_{m}" for p in ("knn", "logreg") for n in range(1, 31) for m in metrics]
     overlaps = [f"{o}_{k}{s}" for o in ("dice", "iou") for k in ("mean", "foreground") for s in ("", "_per_image")]
-    names += [f"segment-probe/{o}" for o in overlaps] + ["health/rankme", "health/teacher_entropy"]
+    names += [f"{p}/{o}" for p in ("segment-probe", "segment") for o in overlaps]
+    names += [f"segment/{n}shot_{o}" for n in range(1, 31) for o in overlaps]
+    names += ["health/rankme", "health/teacher_entropy"]
     scores = with_validation(names)
-    assert len(names) == 262
+    assert len(names) == 514
     for best_by in names:
         said = succeeded(scores, best_by)
         assert {best_by, selection_score(best_by)} <= said.result.keys(), best_by
         assert len(said.to_json().encode()) <= termination.MAX_BYTES
-    for name in ("knn/auroc_macro", "segment-probe/dice_foreground", "health/rankme"):
+    for name in ("knn/auroc_macro", "finetune/f1_macro", "segment/dice_foreground", "health/rankme"):
         assert {name, selection_score(name)} <= succeeded(scores).result.keys()
 
 

@@ -9,6 +9,11 @@ from sonoforge_trainer.evaluate.floors import HogModel, floors, mean_mask
 from sonoforge_trainer.evaluate.segment import SegmentProblem
 
 
+def test_protocols_that_train_a_backbone_have_no_floor(phantoms, storage):
+    request = Evaluation(name="set", shards=phantoms, protocols=("finetune", "segment", "health"), bootstrap=0)
+    assert floors(request, storage) == {}
+
+
 def test_floors_are_named_like_scores_and_the_same_each_time(phantoms, storage):
     evaluation = Evaluation(
         name="phantoms", shards=phantoms, protocols=("knn", "segment-probe", "health"), k=(5,), bootstrap=20

@@ -3,7 +3,7 @@
 import torch
 from evaluation_material import request_of
 
-from sonoforge_trainer.contract import PROTOCOL_METRICS, is_validation_score
+from sonoforge_trainer.contract import PROTOCOL_METRICS, FinetuneOptions, SegmentOptions, is_validation_score
 from sonoforge_trainer.evaluate.run import evaluate
 from sonoforge_trainer.shards.phantoms import PhantomRule
 from sonoforge_trainer.shards.plan import PlanRule
@@ -15,7 +15,14 @@ def test_the_metrics_of_the_contract_are_those_that_the_protocols_report(checkpo
     rule = PhantomRule(192, size=32, frames=2, clips=2)
     output = (tmp_path / "set").as_uri()
     build_phantoms(output, rule, PlanRule(200, 0, (0.5, 0.25, 0.25)), storage)
-    request = request_of(checkpoint, f"{output}/shards.json", *PROTOCOL_METRICS)
+    request = request_of(
+        checkpoint,
+        f"{output}/shards.json",
+        *PROTOCOL_METRICS,
+        segment=SegmentOptions(steps=1, batch=2, shots=(3,)),
+        finetune=FinetuneOptions(epochs=1, batch=16),
+        seeds=2,
+    )
     reported = evaluate(request, storage, torch.device("cpu")).scores
     reported = {name: score for name, score in reported.items() if not is_validation_score(name)}
     known = {f"{p}/{m}" for p in PROTOCOL_METRICS for m in request.evaluation.metrics(p)}

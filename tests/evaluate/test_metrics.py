@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
+from sonoforge_trainer.evaluate.bootstrap import resample_weights
 from sonoforge_trainer.evaluate.metrics import (
     Predictions,
     accuracy,
@@ -11,7 +12,6 @@ from sonoforge_trainer.evaluate.metrics import (
     balanced_accuracy,
     confusion_matrix,
     f1_macro,
-    resample_weights,
 )
 
 

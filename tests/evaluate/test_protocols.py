@@ -191,7 +191,7 @@ def test_a_draw_takes_all_images_of_n_patients_of_each_class():
 
 
 def test_few_shot_reports_mean_and_deviation_over_draws_and_more_shots_are_better(planted):
-    finding = fewshot(planted(3.0), (1, 5, 50), seeds=5, temperature=0.07, seed=0, device=CPU)
+    finding = fewshot(planted(3.0), (1, 5, 50), seeds=5, temperature=0.07, resamples=0, seed=0, device=CPU)
     one, five = (finding.scores[f"logreg_{n}shot_balanced_accuracy"] for n in (1, 5))
     assert five.value > one.value > 0.5
     assert one.deviation > 0
@@ -199,8 +199,16 @@ def test_few_shot_reports_mean_and_deviation_over_draws_and_more_shots_are_bette
     assert "knn_5shot_auroc_macro" in finding.scores
 
 
+def test_few_shot_has_an_interval_of_the_mean_over_draws_and_none_on_validation(planted):
+    finding = fewshot(planted(2.0), (5,), seeds=5, temperature=0.07, resamples=200, seed=0, device=CPU)
+    for method in ("knn", "logreg"):
+        score = finding.scores[f"{method}_5shot_f1_macro"]
+        assert score.low < score.value < score.high
+        assert finding.scores[f"val_{method}_5shot_f1_macro"].low is None
+
+
 def test_few_shot_scores_validation_beside_test_with_the_same_draws():
-    finding = fewshot(conflicting().only("right"), (5,), seeds=3, temperature=0.07, seed=0, device=CPU)
+    finding = fewshot(conflicting().only("right"), (5,), seeds=3, temperature=0.07, resamples=0, seed=0, device=CPU)
     for method in ("knn", "logreg"):
         val, test = (finding.scores[f"{prefix}{method}_5shot_balanced_accuracy"] for prefix in ("val_", ""))
         assert val.value > 0.9 > test.value + 0.2
@@ -208,7 +216,7 @@ def test_few_shot_scores_validation_beside_test_with_the_same_draws():
 
 
 def test_few_shot_finds_nothing_where_labels_are_shuffled(planted):
-    finding = fewshot(planted(6.0, shuffled=True), (5,), seeds=5, temperature=0.07, seed=0, device=CPU)
+    finding = fewshot(planted(6.0, shuffled=True), (5,), seeds=5, temperature=0.07, resamples=0, seed=0, device=CPU)
     assert abs(finding.scores["knn_5shot_balanced_accuracy"].value - 1 / 3) < 0.08
 
 

@@ -223,12 +223,7 @@ class Backbone(nn.Module):
             ValueError: A crop has wrong channels or sides, or drop path lacks its generator.
         """
         x_td, shapes = self._embed(crops, masks)
-        drops: Sequence[Kept | None] = [None] * self.depth
-        if self.training and self.config.drop_path > 0:
-            if generator is None:
-                raise ValueError("drop path in training mode draws from a generator; give one, or call eval()")
-            drops = draw_kept(shapes, self.config.drop_path, self.depth, generator, x_td.device)
-        for block, kept in zip(self.blocks, drops, strict=True):
+        for block, kept in zip(self.blocks, self._drops(shapes, generator, x_td.device), strict=True):
             x_td = block(x_td, shapes, kept)
         return self._features(x_td, shapes)
 
@@ -247,6 +242,32 @@ class Backbone(nn.Module):
             if index >= self.depth - n_last:
                 outputs.extend(self._features(x_td, shapes))
         return outputs
+
+    def after_blocks(
+        self, images: Tensor, blocks: Sequence[int], *, generator: torch.Generator | None = None
+    ) -> list[Features]:
+        """Features after each of `blocks` (numbers from 0, repeats allowed), the final norm applied to all.
+
+        For decoders that are trained with the backbone: drop path is applied in training mode, as by `forward`.
+        `images` [n, C, H, W] normalised. Raises ValueError as `forward` does.
+        """
+        x_td, shapes = self._embed([images], None)
+        found: dict[int, Features] = {}
+        for index, (block, kept) in enumerate(
+            zip(self.blocks, self._drops(shapes, generator, x_td.device), strict=True)
+        ):
+            x_td = block(x_td, shapes, kept)
+            if index in blocks:
+                (found[index],) = self._features(x_td, shapes)
+        return [found[index] for index in blocks]
+
+    def _drops(self, shapes: Shapes, generator: torch.Generator | None, device: torch.device) -> Sequence[Kept | None]:
+        """What each block keeps: all in eval mode or at a drop-path rate of 0."""
+        if not self.training or self.config.drop_path == 0:
+            return [None] * self.depth
+        if generator is None:
+            raise ValueError("drop path in training mode draws from a generator; give one, or call eval()")
+        return draw_kept(shapes, self.config.drop_path, self.depth, generator, device)
 
     def _embed(self, crops: list[Tensor], masks: list[Tensor | None] | None) -> tuple[Tensor, Shapes]:
         """Tokens of all crops, packed, in the order CLS, registers, patches for each image."""

@@ -90,6 +90,7 @@ from sonoforge_trainer.contract.progress import Activity, Progress, Request
 from sonoforge_trainer.contract.shards import Shard, ShardManifest, dataset_digest
 from sonoforge_trainer.contract.suite import EvalSuiteSpec, baseline_evaluation, read_suite, suite_requests
 from sonoforge_trainer.contract.summary import CheckpointSummary, RunEvent, RunSummary
+from sonoforge_trainer.contract.tuning import FinetuneOptions, SegmentOptions
 
 __all__ = [
     "ARCHS",
@@ -131,6 +132,7 @@ __all__ = [
     "Evidence",
     "ExecutionConfig",
     "ExitCode",
+    "FinetuneOptions",
     "Gallery",
     "HeadConfig",
     "InitConfig",
@@ -155,6 +157,7 @@ __all__ = [
     "SampleConfusions",
     "ScheduleConfig",
     "Score",
+    "SegmentOptions",
     "Shard",
     "ShardManifest",
     "StoredObject",

@@ -13,8 +13,9 @@ from sonoforge_trainer.contract.baseline import Baseline
 from sonoforge_trainer.contract.checkpoint import run_uri
 from sonoforge_trainer.contract.evidence import Artifacts
 from sonoforge_trainer.contract.shards import Sha256
+from sonoforge_trainer.contract.tuning import FinetuneOptions, SegmentOptions
 
-Protocol = Literal["knn", "linear", "logreg", "fewshot", "segment-probe", "health"]
+Protocol = Literal["knn", "linear", "logreg", "fewshot", "segment-probe", "segment", "finetune", "health"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 """Every protocol."""
 VALIDATION_PREFIX = "val_"
@@ -22,27 +23,26 @@ VALIDATION_PREFIX = "val_"
 _UNLABELLED: tuple[Protocol, ...] = ("health",)
 """Protocols that use neither labels nor splits: there is nothing that choosing by their scores could leak."""
 _CLASSIFICATION = ("accuracy", "balanced_accuracy", "f1_macro", "auroc_macro")
+_OVERLAPS = tuple(
+    f"{overlap}_{over}{how}"
+    for overlap in ("dice", "iou")
+    for over in ("mean", "foreground")
+    for how in ("", "_per_image")
+)
 PROTOCOL_METRICS: Mapping[Protocol, tuple[str, ...]] = {
     "knn": _CLASSIFICATION,
     "linear": _CLASSIFICATION,
     "logreg": _CLASSIFICATION,
     "fewshot": tuple(f"{probe}_{{shots}}shot_{metric}" for probe in ("knn", "logreg") for metric in _CLASSIFICATION),
-    "segment-probe": (
-        *(
-            f"{overlap}_{over}{how}"
-            for overlap in ("dice", "iou")
-            for over in ("mean", "foreground")
-            for how in ("", "_per_image")
-        ),
-        "knn_dice_foreground",
-        "logreg_dice_foreground",
-    ),
+    "segment-probe": (*_OVERLAPS, "knn_dice_foreground", "logreg_dice_foreground"),
+    "segment": (*_OVERLAPS, *(f"{{shots}}shot_{metric}" for metric in _OVERLAPS)),
+    "finetune": _CLASSIFICATION,
     "health": (
         *("rankme", "effective_rank", "feature_deviation", "teacher_entropy"),
         *("same_clip_retrieval", "same_patient_retrieval"),
     ),
 }
-"""The metrics that a protocol can report; `{shots}` stands for each of `Evaluation.shots`. Data may leave some out: a
+"""The metrics that a protocol can report; `{shots}` stands for each of the protocol's shots. Data may leave some out: a
 set without patients has no same_patient_retrieval."""
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
@@ -70,17 +70,24 @@ class Evaluation(Part):
     shots: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 5, 10)
     """fewshot: patients (or images, where patients are not known) of each class."""
     seeds: Count = 5
-    """fewshot: number of draws."""
+    """fewshot, and segment with shots: number of draws."""
     linear_epochs: Count = 10
     """linear: passes over the training features; more on small sets, up to 500 steps."""
+    segment: SegmentOptions = SegmentOptions()
+    """segment: decoder, backbone and training."""
+    finetune: FinetuneOptions = FinetuneOptions()
+    """finetune: where it starts, and training."""
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     """Resamples of the patients for confidence intervals; 0 for none."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of every draw."""
 
     def metrics(self, protocol: Protocol) -> tuple[str, ...]:
         """Names of the metrics that one of the protocols can report on this data set, in the order of reports."""
-        names = (name.replace("{shots}", str(n)) for name in PROTOCOL_METRICS[protocol] for n in self.shots)
+        shots = self.segment.shots if protocol == "segment" else self.shots
+        names: list[str] = []
+        for name in PROTOCOL_METRICS[protocol]:
+            names += [name.replace("{shots}", str(n)) for n in shots] if "{shots}" in name else [name]
         return tuple(dict.fromkeys(names))
 
 
@@ -127,11 +134,12 @@ class Score(Part):
     value: float
     """The number: on the test split; on the validation split for a val_ metric; on all images for health."""
     low: float | None = None
-    """Lower end of the 95 % interval (bootstrap over patients)."""
+    """Lower end of the 95 % interval: 2.5 % quantile of a bootstrap over the patients of the test split. Of a mean over
+    draws it is that of the mean."""
     high: float | None = None
     """Upper end."""
     deviation: float | None = None
-    """Standard deviation over seeds, where a draw is involved."""
+    """Standard deviation over seeds (n - 1), where a draw is involved."""
 
 
 class EvaluationResult(Part):

@@ -171,7 +171,7 @@ def succeeded(scores: Mapping[str, Score], best_by: str | None = None) -> Termin
         entry = _rounded(scores[name], intervals=False)
         room -= len(canonical_json({name: entry}).encode()) - 1  # its braces are not there, a comma is
         if room < 0:
-            assert name not in kept, "the headline metrics of six protocols fit into a termination message twice"
+            assert name not in kept, "the headline metrics of eight protocols fit into a termination message twice"
             break
         shown[name] = entry
     return Termination(cause="done", result=shown)

@@ -135,6 +135,11 @@ class Selection:
         return found
 
 
+def passes(record: Record, evaluation: Evaluation) -> bool:
+    """Whether a sample has the values of the evaluation's `where`."""
+    return all(record.fields.get(name, "") == value for name, value in evaluation.where.items())
+
+
 def select(table: Table, evaluation: Evaluation) -> Selection:
     """The samples that pass the evaluation's `where`, leaks refused.
 
@@ -146,11 +151,7 @@ def select(table: Table, evaluation: Evaluation) -> Selection:
             raise EvaluationConfigError(
                 f"evaluation {evaluation.name}: where.{name}: no sample has it; fields: {known}"
             )
-    chosen = [
-        (row, record)
-        for row, record in enumerate(table.records)
-        if all(record.fields.get(name, "") == value for name, value in evaluation.where.items())
-    ]
+    chosen = [(row, record) for row, record in enumerate(table.records) if passes(record, evaluation)]
     if not chosen:
         raise EvaluationDataError(f"evaluation {evaluation.name}: no sample passes `where`; correct its values")
     rows = {s: np.array([row for row, record in chosen if record.split == s], np.int64) for s in SPLITS}

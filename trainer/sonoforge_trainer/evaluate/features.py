@@ -19,8 +19,9 @@ from torchvision.transforms.v2 import functional
 from torchvision.transforms.v2.functional import InterpolationMode
 
 from sonoforge_trainer.contract import ModelCard
+from sonoforge_trainer.evaluate.bootstrap import Floats
 from sonoforge_trainer.evaluate.errors import EvaluationConfigError
-from sonoforge_trainer.evaluate.metrics import Floats, Ints
+from sonoforge_trainer.evaluate.metrics import Ints
 from sonoforge_trainer.model import Backbone
 
 BATCH = 32
@@ -78,6 +79,19 @@ class FeatureModel(Protocol):
         ...
 
 
+class Normalise:
+    """The normalisation of a model card, for every protocol and every split."""
+
+    def __init__(self, card: ModelCard, device: torch.device) -> None:
+        self._mean, self._std = (
+            torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (card.mean, card.std)
+        )
+
+    def __call__(self, images_nchw: Tensor) -> Tensor:
+        """Images [n, C, H, W] scaled to 0..1, less the card's mean, over its deviation."""
+        return (images_nchw - self._mean) / self._std
+
+
 class BackboneModel:
     """A backbone as its card describes it."""
 
@@ -93,15 +107,13 @@ class BackboneModel:
         self.grid = (self.resolution // card.patch_size,) * 2
         self._backbone = backbone.eval().to(device)
         self._device = device
-        self._mean, self._std = (
-            torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (card.mean, card.std)
-        )
+        self._normalise = Normalise(card, device)
         self._blocks = min(LAST_BLOCKS, card.depth)
 
     @torch.inference_mode()
     def __call__(self, images_u8: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """CLS and mean patch of the last block, and the CLS of the last four blocks; final norm on all."""
-        images = (images_u8.to(self._device).float() / 255 - self._mean) / self._std
+        images = self._normalise(images_u8.to(self._device).float() / 255)
         blocks = self._backbone.intermediate(images, self._blocks)
         last = blocks[-1]
         pooled = {

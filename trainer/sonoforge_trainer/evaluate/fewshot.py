@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from sonoforge_trainer.contract import VALIDATION_PREFIX, Score
+from sonoforge_trainer.evaluate.bootstrap import Floats
 from sonoforge_trainer.evaluate.knn import knn_probabilities
 from sonoforge_trainer.evaluate.logreg import Standardiser, fit_path
-from sonoforge_trainer.evaluate.metrics import Floats, Ints
+from sonoforge_trainer.evaluate.metrics import Ints, scores_over_draws
 from sonoforge_trainer.evaluate.problem import Finding, Problem
 
 _C = 1.0
@@ -39,12 +40,22 @@ def draw_rows(targets_n: Ints, groups_n: Ints, shots: int, seed: int) -> Ints | 
 
 
 def fewshot(
-    problem: Problem, shots: Sequence[int], *, seeds: int, temperature: float, seed: int, device: torch.device
+    problem: Problem,
+    shots: Sequence[int],
+    *,
+    seeds: int,
+    temperature: float,
+    resamples: int,
+    seed: int,
+    device: torch.device,
 ) -> Finding:
-    """Mean and deviation over draws of each metric, as `[val_]{knn|logreg}_{N}shot_{metric}`. One input only."""
+    """Mean and deviation over draws of each metric, as `[val_]{knn|logreg}_{N}shot_{metric}`. One input only.
+
+    Test metrics have the interval of the mean over draws.
+    """
     (features,) = problem.inputs.values()
     queries = {split: features[split] for split in ("val", "test")}
-    values: dict[str, list[float]] = {}
+    scores: dict[str, Score] = {}
     skipped, images = [], {}
     for n in shots:
         draws = [
@@ -55,20 +66,17 @@ def fewshot(
             skipped.append(n)
             continue
         images[str(n)] = [len(draw) for draw in known]
+        of_method: dict[str, list[Mapping[str, Floats]]] = {"knn": [], "logreg": []}
         for draw in known:
             drawn = features["train"][draw]
             targets = problem.targets["train"][draw]
-            for method, by_split in (
-                ("knn", _knn(drawn, targets, queries, problem, n, temperature, device)),
-                ("logreg", _logreg(drawn, targets, queries, problem)),
-            ):
-                for split, prefix in (("val", VALIDATION_PREFIX), ("test", "")):
-                    for metric, value in problem.predictions(split, by_split[split]).values().items():
-                        values.setdefault(f"{prefix}{method}_{n}shot_{metric}", []).append(value)
-    scores = {
-        name: Score(value=float(np.mean(v)), deviation=float(np.std(v, ddof=1)) if len(v) > 1 else None)
-        for name, v in values.items()
-    }
+            of_method["knn"].append(_knn(drawn, targets, queries, problem, n, temperature, device))
+            of_method["logreg"].append(_logreg(drawn, targets, queries, problem))
+        for method, of_draws in of_method.items():
+            for split, prefix, drawn_patients in (("val", VALIDATION_PREFIX, 0), ("test", "", resamples)):
+                predictions = [problem.predictions(split, by_split[split]) for by_split in of_draws]
+                found = scores_over_draws(predictions, resamples=drawn_patients, seed=seed)
+                scores |= {f"{prefix}{method}_{n}shot_{metric}": score for metric, score in found.items()}
     return Finding(scores, details={"train_images_of_each_draw": images, "too_few_groups_for_shots": skipped})
 
 

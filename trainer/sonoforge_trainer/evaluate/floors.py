@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from sonoforge_trainer.contract import Evaluation, Protocol, Score, is_validation_score
+from sonoforge_trainer.evaluate.bootstrap import Floats
 from sonoforge_trainer.evaluate.dataset import select
 from sonoforge_trainer.evaluate.features import FeatureModel, PixelModel
 from sonoforge_trainer.evaluate.hog import HogModel
-from sonoforge_trainer.evaluate.metrics import Floats
 from sonoforge_trainer.evaluate.overlap import foreground_dice, overlap_scores
 from sonoforge_trainer.evaluate.problem import best
 from sonoforge_trainer.evaluate.protocols import Clock, Material, named_scores, run_protocols, segment_problem_of
@@ -27,17 +27,20 @@ from sonoforge_trainer.evaluate.segment import SegmentProblem, class_shares, con
 from sonoforge_trainer.shards.reader import read_manifest
 from sonoforge_trainer.storage import Storage
 
+_WITHOUT_FLOOR = ("health", "segment", "finetune")
 _THRESHOLDS = tuple(round(0.05 * n, 2) for n in range(1, 16))
 
 
 def floors(evaluation: Evaluation, storage: Storage) -> dict[str, Score]:
     """Scores of every floor as `FLOOR:NAME-PROTOCOL/METRIC`, for example `raw-pixels:planes-knn/f1_macro`.
 
-    Health is left out, and so are validation scores: nothing is chosen among floors. Deterministic, on the CPU. Raises
-    what `evaluate` raises for the data set.
+    Health and the protocols that train a backbone are left out, and so are validation scores: nothing is chosen among
+    floors. Deterministic, on the CPU. Raises what `evaluate` raises for the data set.
     """
     manifest = read_manifest(evaluation.shards, storage)
-    protocols: list[Protocol] = [name for name in evaluation.protocols if name != "health"]
+    protocols: list[Protocol] = [name for name in evaluation.protocols if name not in _WITHOUT_FLOOR]
+    if not protocols:
+        return {}
     models: Mapping[str, FeatureModel] = {"raw-pixels": PixelModel(), "hog": HogModel()}
     found: dict[str, Score] = {}
     for floor, model in models.items():

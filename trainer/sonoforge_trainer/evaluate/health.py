@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from sonoforge_trainer.contract import Score
+from sonoforge_trainer.evaluate.bootstrap import Floats
 from sonoforge_trainer.evaluate.knn import normalised
-from sonoforge_trainer.evaluate.metrics import Floats
 from sonoforge_trainer.evaluate.problem import Finding
 
 _EPSILON = 1e-7

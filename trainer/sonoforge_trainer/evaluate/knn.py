@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sonoforge_trainer.evaluate.metrics import Floats
+from sonoforge_trainer.evaluate.bootstrap import Floats
 from sonoforge_trainer.evaluate.problem import Finding, Problem, best, report
 
 _QUERY_ROWS = 1024

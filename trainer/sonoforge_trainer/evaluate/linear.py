@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sonoforge_trainer.evaluate.metrics import Floats
+from sonoforge_trainer.evaluate.bootstrap import Floats
 from sonoforge_trainer.evaluate.problem import Finding, Problem, best, report
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)

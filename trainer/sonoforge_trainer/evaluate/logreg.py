@@ -11,7 +11,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped] # comes with scikit-learn, without types
 
-from sonoforge_trainer.evaluate.metrics import Floats, Ints
+from sonoforge_trainer.evaluate.bootstrap import Floats
+from sonoforge_trainer.evaluate.metrics import Ints
 from sonoforge_trainer.evaluate.problem import Finding, Problem, best, report
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

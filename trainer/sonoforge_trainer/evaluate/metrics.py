@@ -1,4 +1,4 @@
-"""Classification metrics and patient bootstrap, from confusion counts and class probabilities.
+"""Classification metrics, from confusion counts and class probabilities.
 
 Definitions, equal to scikit-learn's where it has them:
 
@@ -12,7 +12,7 @@ Definitions, equal to scikit-learn's where it has them:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sonoforge_trainer.contract import Score
+from sonoforge_trainer.evaluate.bootstrap import Floats, resample_weights, summarised
 
-Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
 _CHUNK_ELEMENTS = 4_000_000
@@ -91,21 +91,6 @@ def auroc_macro(probabilities_nk: Floats, targets_n: Ints, weights_rn: Floats | 
     )
 
 
-def resample_weights(groups: int, resamples: int, seed: int) -> Floats:
-    """How often each of the groups is drawn in each bootstrap resample [R, groups]."""
-    random = np.random.default_rng([seed, groups])
-    return random.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(np.float64)
-
-
-def interval(values_r: Floats) -> tuple[float | None, float | None]:
-    """Central 95 % of the resampled values, those that are defined; (None, None) where there are none."""
-    known = values_r[np.isfinite(values_r)]
-    if not len(known):
-        return None, None
-    low, high = np.quantile(known, [0.025, 0.975])
-    return float(low), float(high)
-
-
 @dataclass(frozen=True)
 class Predictions:
     """Class probabilities of one split with the truth. Groups are patients; a sample of no known patient is its own."""
@@ -142,17 +127,10 @@ class Predictions:
 
     def scores(self, *, resamples: int, seed: int) -> dict[str, Score]:
         """Every metric with its 95 % interval from a bootstrap over the groups."""
-        values = self.values()
-        if not resamples:
-            return {name: Score(value=value) for name, value in values.items()}
-        resampled = self._resampled(resamples, seed)
-        scores = {}
-        for name, value in values.items():
-            low, high = interval(resampled[name])
-            scores[name] = Score(value=value, low=low, high=high)
-        return scores
+        return scores_over_draws([self], resamples=resamples, seed=seed)
 
-    def _resampled(self, resamples: int, seed: int) -> Mapping[str, Floats]:
+    def resampled(self, resamples: int, seed: int) -> Mapping[str, Floats]:
+        """Every metric for resamples of the groups [R]; NaN in a resample where it is not defined."""
         samples, classes = self.probabilities_nk.shape
         names, groups_n = np.unique(self.groups_n, return_inverse=True)
         counts = np.zeros((len(names), classes * classes))
@@ -182,6 +160,12 @@ class Predictions:
             "confusion": {name: confusion[k].tolist() for k, name in enumerate(classes)},
             "absent_from_test": [name for k, name in enumerate(classes) if not occurs[k]],
         }
+
+
+def scores_over_draws(draws: Sequence[Predictions], *, resamples: int, seed: int) -> dict[str, Score]:
+    """Mean of every metric over several predictions of one split, with deviation and interval; see `summarised`."""
+    resampled = [draw.resampled(resamples, seed) for draw in draws] if resamples else None
+    return summarised([draw.values() for draw in draws], resampled)
 
 
 def ratio(numerator: npt.NDArray[Any], denominator: npt.NDArray[Any]) -> Floats:

@@ -7,16 +7,21 @@ the mask nor in the prediction of an image has no overlap there and is left out 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sonoforge_trainer.contract import Score
-from sonoforge_trainer.evaluate.metrics import Floats, Ints, interval, mean_of_known, ratio, resample_weights
+from sonoforge_trainer.evaluate.bootstrap import Floats, resample_weights, summarised
+from sonoforge_trainer.evaluate.metrics import Ints, mean_of_known, ratio
 
 OVERLAPS = ("dice", "iou")
 """The two overlaps."""
+
+_KINDS = (("mean", 0), ("foreground", 1))
+"""The means over classes, and the first class of each: class 0 is the background."""
 
 
 def dice(confusion: npt.NDArray[Any]) -> Floats:
@@ -38,27 +43,43 @@ def foreground_dice(confusion_ikk: Ints) -> float:
 
 def overlap_scores(confusion_ikk: Ints, groups_i: Ints, *, resamples: int, seed: int) -> dict[str, Score]:
     """All means of Dice and IoU, with 95 % intervals from a bootstrap over the groups of images."""
+    return overlap_scores_over_draws([confusion_ikk], groups_i, resamples=resamples, seed=seed)
+
+
+def overlap_scores_over_draws(draws: Sequence[Ints], groups_i: Ints, *, resamples: int, seed: int) -> dict[str, Score]:
+    """Mean of every overlap over several segmentations of the same images, with deviation and interval."""
+    resampled = [overlap_resampled(counts, groups_i, resamples, seed) for counts in draws] if resamples else None
+    return summarised([overlap_values(counts) for counts in draws], resampled)
+
+
+def overlap_values(confusion_ikk: Ints) -> dict[str, float]:
+    """All means of Dice and IoU that are defined."""
+    values = {}
+    for name, function in zip(OVERLAPS, (dice, iou), strict=True):
+        value_k, value_ik = function(confusion_ikk.sum(0)), function(confusion_ikk)
+        for kind, first in _KINDS:
+            values[f"{name}_{kind}"] = float(mean_of_known(value_k[first:]))
+            values[f"{name}_{kind}_per_image"] = float(mean_of_known(mean_of_known(value_ik[:, first:])))
+    return {name: value for name, value in values.items() if np.isfinite(value)}
+
+
+def overlap_resampled(confusion_ikk: Ints, groups_i: Ints, resamples: int, seed: int) -> dict[str, Floats]:
+    """The same means for resamples of the groups of images [R]; NaN in a resample where one is not defined."""
     names, groups = np.unique(groups_i, return_inverse=True)
-    weights_rg = resample_weights(len(names), resamples, seed) if resamples else np.zeros((0, len(names)))
+    weights_rg = resample_weights(len(names), resamples, seed)
     counts_gkk = np.zeros((len(names), *confusion_ikk.shape[1:]))
     np.add.at(counts_gkk, groups, confusion_ikk)
     pooled_rkk = np.einsum("rg,gkl->rkl", weights_rg, counts_gkk, optimize=True)
     weights_ri = weights_rg[:, groups]
-    scores = {}
+    values: dict[str, Floats] = {}
     for name, function in zip(OVERLAPS, (dice, iou), strict=True):
-        value_k, value_ik, resampled_rk = function(confusion_ikk.sum(0)), function(confusion_ikk), function(pooled_rkk)
-        for kind, first in (("mean", 0), ("foreground", 1)):
+        value_rk, value_ik = function(pooled_rkk), function(confusion_ikk)
+        for kind, first in _KINDS:
             image_i = mean_of_known(value_ik[:, first:])
             known = np.isfinite(image_i)
-            image_r = ratio(weights_ri @ np.where(known, image_i, 0), weights_ri @ known)
-            for suffix, value, values_r in (
-                ("", mean_of_known(value_k[first:]), mean_of_known(resampled_rk[:, first:])),
-                ("_per_image", mean_of_known(image_i), image_r),
-            ):
-                if np.isfinite(value):
-                    low, high = interval(values_r)
-                    scores[f"{name}_{kind}{suffix}"] = Score(value=float(value), low=low, high=high)
-    return scores
+            values[f"{name}_{kind}"] = mean_of_known(value_rk[:, first:])
+            values[f"{name}_{kind}_per_image"] = ratio(weights_ri @ np.where(known, image_i, 0), weights_ri @ known)
+    return values
 
 
 def overlap_details(confusion_ikk: Ints, classes: tuple[str, ...]) -> dict[str, object]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sonoforge_trainer.contract import VALIDATION_PREFIX, SampleConfusions, Score
+from sonoforge_trainer.evaluate.bootstrap import Floats
 from sonoforge_trainer.evaluate.evidence import classified
-from sonoforge_trainer.evaluate.metrics import Floats, Ints, Predictions
+from sonoforge_trainer.evaluate.metrics import Ints, Predictions
 
 SPLITS = ("train", "val", "test")
 """Fitted on the first, selected on the second, reported on the third."""

@@ -12,16 +12,20 @@ import structlog
 import torch
 
 from sonoforge_trainer.contract import Evaluation, Protocol, Score
-from sonoforge_trainer.evaluate.dataset import Selection
+from sonoforge_trainer.evaluate.dataset import Record, Selection, passes
 from sonoforge_trainer.evaluate.errors import EvaluationDataError
 from sonoforge_trainer.evaluate.features import FeatureModel, FeatureSet
 from sonoforge_trainer.evaluate.fewshot import fewshot
+from sonoforge_trainer.evaluate.finetune import FinetuneTask, finetune
 from sonoforge_trainer.evaluate.health import health
 from sonoforge_trainer.evaluate.knn import knn
 from sonoforge_trainer.evaluate.linear import linear
 from sonoforge_trainer.evaluate.logreg import logreg
+from sonoforge_trainer.evaluate.metrics import Ints
 from sonoforge_trainer.evaluate.problem import SPLITS, Finding, Problem
 from sonoforge_trainer.evaluate.segment import SegmentProblem, segment_probe
+from sonoforge_trainer.evaluate.segmentation import SegmentTask, segment
+from sonoforge_trainer.evaluate.tuning import Tunable
 
 _log = structlog.get_logger(__name__)
 
@@ -35,6 +39,8 @@ class Material:
     features: FeatureSet
     selection: Selection
     device: torch.device
+    tunable: Tunable | None = None
+    """The backbone with its images, for the protocols that train it; None for floors."""
     teacher_entropy: float | None = None
     """What training logged last before the checkpoint, in nats; None where it logged nothing, and for floors."""
 
@@ -71,19 +77,39 @@ def named_scores(findings: Mapping[str, Finding]) -> dict[str, Score]:
     return {f"{protocol}/{metric}": s for protocol, finding in findings.items() for metric, s in finding.scores.items()}
 
 
+def needs_image(evaluation: Evaluation, record: Record) -> bool:
+    """Whether one of the protocols that train on images will ask for this sample's."""
+    masked = "segment" in evaluation.protocols and record.mask is not None
+    labelled = "finetune" in evaluation.protocols and bool(record.fields.get(evaluation.label, ""))
+    return (masked or labelled) and passes(record, evaluation)
+
+
+def labelled(material: Material, protocol: str) -> tuple[Selection, tuple[str, ...], dict[str, Ints]]:
+    """The labelled samples, their classes and the class of each by split. Raises EvaluationDataError."""
+    label = material.evaluation.label
+    selection = material.selection.where(lambda record: bool(record.fields.get(label, "")))
+    selection.require_splits(SPLITS, f"{protocol} on the field {label!r}")
+    classes, targets = selection.labels(label)
+    if len(classes) < 2:
+        raise EvaluationDataError(f"the field {label!r} has one class only; there is nothing to tell apart")
+    return selection, classes, targets
+
+
+def masked(material: Material, protocol: str) -> tuple[Selection, dict[str, list[bytes]]]:
+    """The samples with masks, and their masks by split. Raises EvaluationDataError."""
+    selection = material.selection.where(lambda record: record.mask is not None)
+    selection.require_splits(SPLITS, f"{protocol} (samples with masks)")
+    return selection, {s: [r.mask for r in selection.records(s) if r.mask is not None] for s in selection.rows}
+
+
 def problem_of(material: Material, protocol: str) -> Problem:
     """The labelled samples with the inputs that a protocol may choose from. Raises EvaluationDataError."""
-    evaluation = material.evaluation
-    labelled = material.selection.where(lambda record: bool(record.fields.get(evaluation.label, "")))
-    labelled.require_splits(SPLITS, f"{protocol} on the field {evaluation.label!r}")
-    classes, targets = labelled.labels(evaluation.label)
-    if len(classes) < 2:
-        raise EvaluationDataError(f"the field {evaluation.label!r} has one class only; there is nothing to tell apart")
+    selection, classes, targets = labelled(material, protocol)
     inputs = {
-        name: {split: material.features.joined(parts, rows) for split, rows in labelled.rows.items()}
+        name: {split: material.features.joined(parts, rows) for split, rows in selection.rows.items()}
         for name, parts in material.model.inputs[protocol].items()
     }
-    return Problem(classes, inputs, targets, labelled.groups())
+    return Problem(classes, inputs, targets, selection.groups())
 
 
 def _knn(material: Material) -> Finding:
@@ -112,19 +138,26 @@ def _logreg(material: Material) -> Finding:
 def _fewshot(material: Material) -> Finding:
     e = material.evaluation
     problem = problem_of(material, "fewshot")
-    return fewshot(problem, e.shots, seeds=e.seeds, temperature=e.temperature, seed=e.seed, device=material.device)
+    return fewshot(
+        problem,
+        e.shots,
+        seeds=e.seeds,
+        temperature=e.temperature,
+        resamples=e.bootstrap,
+        seed=e.seed,
+        device=material.device,
+    )
 
 
 def segment_problem_of(material: Material) -> SegmentProblem:
     """The samples with masks. Raises EvaluationDataError."""
-    masked = material.selection.where(lambda record: record.mask is not None)
-    masked.require_splits(SPLITS, "segment-probe (samples with masks)")
+    selection, masks = masked(material, "segment-probe")
     return SegmentProblem(
-        material.selection.table.manifest.mask_classes,
+        selection.table.manifest.mask_classes,
         material.model.grid,
-        {split: material.features.patches_of(rows) for split, rows in masked.rows.items()},
-        {split: [r.mask for r in masked.records(split) if r.mask is not None] for split in masked.rows},
-        masked.groups(),
+        {split: material.features.patches_of(rows) for split, rows in selection.rows.items()},
+        masks,
+        selection.groups(),
     )
 
 
@@ -134,6 +167,22 @@ def _segment_probe(material: Material) -> Finding:
     return segment_probe(
         problem, e.k, temperature=e.temperature, resamples=e.bootstrap, seed=e.seed, device=material.device
     )
+
+
+def _segment(material: Material) -> Finding:
+    e = material.evaluation
+    selection, masks = masked(material, "segment")
+    assert material.tunable is not None
+    task = SegmentTask(selection.table.manifest.mask_classes, selection.rows, masks, selection.groups())
+    return segment(material.tunable, task, e.segment, draws=e.seeds, resamples=e.bootstrap, seed=e.seed)
+
+
+def _finetune(material: Material) -> Finding:
+    e = material.evaluation
+    selection, classes, targets = labelled(material, "finetune")
+    assert material.tunable is not None
+    task = FinetuneTask(classes, selection.rows, targets, selection.groups())
+    return finetune(material.tunable, task, e.finetune, resamples=e.bootstrap, seed=e.seed)
 
 
 def _health(material: Material) -> Finding:
@@ -156,5 +205,7 @@ _PROTOCOLS: Mapping[Protocol, Callable[[Material], Finding]] = {
     "logreg": _logreg,
     "fewshot": _fewshot,
     "segment-probe": _segment_probe,
+    "segment": _segment,
+    "finetune": _finetune,
     "health": _health,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +15,12 @@ from sonoforge_trainer.evaluate.artifacts import leave_artifacts
 from sonoforge_trainer.evaluate.dataset import Record, Table, scan, select
 from sonoforge_trainer.evaluate.errors import EvaluationDataError
 from sonoforge_trainer.evaluate.feature_cache import FeatureCache
-from sonoforge_trainer.evaluate.features import FeatureModel, FeaturePass, FeatureSet
+from sonoforge_trainer.evaluate.features import FeatureModel, FeaturePass, FeatureSet, resized
 from sonoforge_trainer.evaluate.once import write_first
 from sonoforge_trainer.evaluate.pictures import GALLERY, gallery_sheet
-from sonoforge_trainer.evaluate.protocols import Clock, Material, named_scores, run_protocols
+from sonoforge_trainer.evaluate.protocols import Clock, Material, named_scores, needs_image, run_protocols
 from sonoforge_trainer.evaluate.subjects import open_subject
+from sonoforge_trainer.evaluate.tuning import Tunable
 from sonoforge_trainer.shards.reader import read_manifest
 from sonoforge_trainer.storage import ObjectNotFoundError, Storage
 
@@ -35,6 +37,8 @@ class Gathered:
     """The first images of the test split [C, H, W] uint8."""
     gallery_rows: tuple[int, ...]
     """Their rows in the table."""
+    images: Mapping[int, torch.Tensor]
+    """Images at the model's resolution [C, R, R] uint8 by row, of the samples that were asked for."""
 
 
 def evaluate(request: EvaluationRequest, storage: Storage, device: torch.device) -> EvaluationResult:
@@ -61,15 +65,22 @@ def evaluate(request: EvaluationRequest, storage: Storage, device: torch.device)
     )
     with clock.measure("features"):
         kept = cache.load()
-        gathered = gather(evaluation.shards, model, manifest, storage, kept)
+        gathered = gather(
+            evaluation.shards, model, manifest, storage, kept, lambda record: needs_image(evaluation, record)
+        )
         if kept is None:
             cache.keep(gathered.features)
     _log.info(
         "features ready", evaluation=evaluation.name, samples=len(gathered.table.records), passes=int(kept is None)
     )
     selection = select(gathered.table, evaluation)
+    tunable = (
+        Tunable(subject.backbone, subject.card, model.resolution, gathered.images, device)
+        if subject.backbone is not None and subject.card is not None
+        else None
+    )
     material = Material(
-        evaluation, model, gathered.features, selection, device, teacher_entropy=subject.teacher_entropy
+        evaluation, model, gathered.features, selection, device, tunable, teacher_entropy=subject.teacher_entropy
     )
     findings = run_protocols(material, clock, evaluation.protocols)
     pictures = []
@@ -123,26 +134,37 @@ def put_result(result: EvaluationResult, storage: Storage) -> EvaluationResult:
 
 
 def gather(
-    uri: str, model: FeatureModel, manifest: ShardManifest, storage: Storage, kept: FeatureSet | None
+    uri: str,
+    model: FeatureModel,
+    manifest: ShardManifest,
+    storage: Storage,
+    kept: FeatureSet | None,
+    wanted: Callable[[Record], bool] = lambda record: False,
 ) -> Gathered:
-    """Read the set at `uri` once: its table, its gallery, and its features unless they are known already."""
+    """Read the set at `uri` once: its table, its gallery, and its features unless they are known already.
+
+    The images of samples that are `wanted` are kept in memory at the model's resolution.
+    """
     feature_pass = FeaturePass(model) if kept is None else None
     gallery: dict[int, torch.Tensor] = {}
+    images: dict[int, torch.Tensor] = {}
 
     def visit(row: int, record: Record, image: bytes) -> None:
         shown = record.split == "test" and len(gallery) < GALLERY
-        if feature_pass is None and not shown:
+        if feature_pass is None and not shown and not wanted(record):
             return
         pixels = _decoded(image, model.channels, row)
         if shown:
             gallery[row] = pixels
+        if wanted(record):
+            pixels = images[row] = resized(pixels, model.resolution)
         if feature_pass is not None:
             feature_pass.add(pixels, patches=shown or record.mask is not None)
 
     table = scan(manifest, uri, storage, visit)
     features = feature_pass.finish() if feature_pass is not None else kept
     assert features is not None
-    return Gathered(features, table, tuple(gallery.values()), tuple(gallery))
+    return Gathered(features, table, tuple(gallery.values()), tuple(gallery), images)
 
 
 def _decoded(image: bytes, channels: int, row: int) -> torch.Tensor:

@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from sonoforge_trainer.contract import VALIDATION_PREFIX, Score
+from sonoforge_trainer.evaluate.bootstrap import Floats
 from sonoforge_trainer.evaluate.errors import EvaluationDataError
 from sonoforge_trainer.evaluate.evidence import segmented
 from sonoforge_trainer.evaluate.knn import fitting, neighbour_votes, normalised
 from sonoforge_trainer.evaluate.logreg import Standardiser, fit_path
-from sonoforge_trainer.evaluate.metrics import Floats, Ints, confusion_matrix
+from sonoforge_trainer.evaluate.metrics import Ints, confusion_matrix
 from sonoforge_trainer.evaluate.overlap import foreground_dice, overlap_details, overlap_scores
 from sonoforge_trainer.evaluate.problem import Finding, best, on_validation
 
@@ -77,6 +78,12 @@ def decode_mask(data: bytes, classes: int) -> npt.NDArray[np.uint8]:
             "with the missing names or map the value"
         )
     return mask
+
+
+def validation_images(images: int) -> list[int]:
+    """Which images of a validation split of so many selection looks at."""
+    chosen = np.linspace(0, images - 1, min(images, VALIDATION_IMAGES)).round().astype(np.int64)
+    return [int(image) for image in np.unique(chosen)]
 
 
 def class_shares(mask_hw: npt.NDArray[np.uint8], classes: int, grid: tuple[int, int]) -> Tensor:
@@ -148,8 +155,7 @@ def segment_probe(
     `[val_]{knn|logreg}_dice_foreground` of the best of each probe.
     """
     features, shares = training_patches(problem, seed)
-    images = len(problem.masks["val"])
-    validation = np.unique(np.linspace(0, images - 1, min(images, VALIDATION_IMAGES)).round().astype(np.int64)).tolist()
+    validation = validation_images(len(problem.masks["val"]))
     details: dict[str, object] = {
         "images": {split: len(masks) for split, masks in problem.masks.items()},
         "train_patches": len(features),

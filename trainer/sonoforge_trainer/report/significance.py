@@ -15,16 +15,8 @@ from typing import Literal
 import numpy as np
 
 from sonoforge_trainer.contract import Evidence, SampleConfusions, Score
-from sonoforge_trainer.evaluate.metrics import (
-    Floats,
-    accuracy,
-    balanced_accuracy,
-    f1_macro,
-    interval,
-    mean_of_known,
-    ratio,
-    resample_weights,
-)
+from sonoforge_trainer.evaluate.bootstrap import Floats, interval, resample_weights
+from sonoforge_trainer.evaluate.metrics import accuracy, balanced_accuracy, f1_macro, mean_of_known, ratio
 from sonoforge_trainer.evaluate.overlap import dice, iou
 
 RESAMPLES, SEED = 1000, 0
