@@ -74,6 +74,9 @@ def test_several_runs_are_reported_by_mean_and_deviation():
     assert alone.scores["auroc_macro"].deviation is None
     assert finding.scores["auroc_macro"].low <= finding.scores["auroc_macro"].value
     assert len(finding.details["chosen_of_each_run"]) == 3
+    assert finding.samples is None, "outcomes of several trainings are not those of one model"
+    right = np.mean([t == p for t, p in zip(alone.samples.truth, alone.samples.predicted, strict=True)])
+    assert right == alone.scores["accuracy"].value
 
 
 def test_from_scratch_takes_nothing_of_the_teacher_but_its_architecture():

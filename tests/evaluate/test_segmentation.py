@@ -7,6 +7,7 @@ from torch.nn import functional
 from tuning_material import CPU, SIDE, bright_discs
 
 from sonoforge_trainer.contract import SegmentOptions
+from sonoforge_trainer.evaluate.overlap import foreground_dice
 from sonoforge_trainer.evaluate.problem import best
 from sonoforge_trainer.evaluate.segment import decode_mask
 from sonoforge_trainer.evaluate.segmentation import (
@@ -75,6 +76,8 @@ def test_the_best_step_on_validation_is_kept_and_its_validation_scores_are_repor
     assert finding.scores["val_dice_foreground"].value == max(candidates.values())
     on_test = {name for name in finding.scores if not name.startswith("val_")}
     assert {f"val_{name}" for name in on_test} == finding.scores.keys() - on_test
+    of_images = np.array(finding.samples.counts).reshape(-1, 2, 2)
+    assert foreground_dice(of_images) == finding.scores["dice_foreground"].value
 
 
 def test_few_shots_are_means_over_draws_of_patients_with_their_deviation():

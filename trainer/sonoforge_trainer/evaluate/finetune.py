@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from sonoforge_trainer.contract import VALIDATION_PREFIX, FinetuneOptions
 from sonoforge_trainer.evaluate.bootstrap import Floats
+from sonoforge_trainer.evaluate.evidence import classified
 from sonoforge_trainer.evaluate.metrics import Ints, Predictions, scores_over_draws
 from sonoforge_trainer.evaluate.mixing import mix, soft_targets
 from sonoforge_trainer.evaluate.problem import Finding
@@ -115,7 +116,9 @@ def finetune(source: Tunable, task: FinetuneTask, options: FinetuneOptions, *, r
     details["validation_balanced_accuracy"] = runs[0].candidates
     if len(runs) > 1:
         details["chosen_of_each_run"] = [run.chosen for run in runs]
-    return Finding(scores, runs[0].chosen, details)
+    test = runs[0].test
+    samples = classified(task.classes, test.groups_n, test.targets_n, test.predicted_n) if len(runs) == 1 else None
+    return Finding(scores, runs[0].chosen, details, samples)
 
 
 def train(source: Tunable, task: FinetuneTask, options: FinetuneOptions, *, seed: int) -> Finetuned:

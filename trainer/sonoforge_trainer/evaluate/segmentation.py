@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from sonoforge_trainer.contract import VALIDATION_PREFIX, Score, SegmentOptions
 from sonoforge_trainer.evaluate.decoders import LinearDecoder, UperNet, decoder_blocks, token_maps
+from sonoforge_trainer.evaluate.evidence import segmented
 from sonoforge_trainer.evaluate.metrics import Ints, confusion_matrix
 from sonoforge_trainer.evaluate.overlap import foreground_dice, overlap_details, overlap_scores_over_draws
 from sonoforge_trainer.evaluate.problem import Finding
@@ -157,7 +158,8 @@ def segment(
             "chosen": [draw.chosen for draw in trained],
             "dice_foreground": [foreground_dice(draw.test) for draw in trained],
         }
-    return Finding(scores, whole.chosen, details | ({"shots": few} if few else {}))
+    samples = segmented(task.classes, task.groups["test"], whole.test)
+    return Finding(scores, whole.chosen, details | ({"shots": few} if few else {}), samples)
 
 
 def draw_groups(groups_n: Ints, shots: int, seed: int) -> Ints:
