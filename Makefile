@@ -86,6 +86,10 @@ real: $(VENV)/ready ## The main job on the real ultrasound images beside the che
 chaos: $(VENV)/ready ## 50 random kills of every process of a run, by seed, and the recovery times
 	$(BIN)/python benchmarks/chaos.py
 
+.PHONY: chaos-cluster
+chaos-cluster: $(VENV)/ready cluster-programs cluster-packages ## Faults on three real nodes while a job trains; writes docs/chaos.md
+	$(BIN)/python tests/cluster/chaos.py --write
+
 .PHONY: lock
 lock: $(VENV)/ready ## Compile the lock files again, with hashes and without index addresses
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
