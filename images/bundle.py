@@ -61,7 +61,7 @@ def save(engine: Engine, name: str, archive: Path) -> None:
     tag = tag_of(name)
     match engine.program:
         case "buildah":
-            engine.run("push", "--disable-compression", "--quiet", tag, f"oci-archive:{archive}:{tag}")
+            engine.run("push", "--disable-compression", "--quiet", tag, f"oci-archive:{archive}:{release()}")
         case "podman":
             engine.run("save", "--quiet", "--format=oci-archive", f"--output={archive}", tag)
         case _:
