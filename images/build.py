@@ -63,8 +63,6 @@ class Engine:
         if self.program != "docker":
             # Layers name no time, so equal content has an equal digest.
             command += ["--timestamp=0", "--pull-never", "--format=oci"]
-        if self.program == "buildah":
-            command += ["--isolation=chroot"]
         values = [f"--build-arg={argument}" for argument in arguments]
         # The wheels are all that a build needs; one that would fetch something fails.
         self.run(*command, "--network=none", *values, f"--file={file}", f"--tag={tag}", str(CONTEXT))

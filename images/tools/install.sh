@@ -5,8 +5,9 @@
 # run with a read-only root; it names no time, so that the same wheels make the same layer.
 set -eu
 
+installer=$(echo /wheels/pip-*.whl)
 pip() {
-    PYTHONDONTWRITEBYTECODE=1 python3 /wheels/pip-*.whl/pip install --quiet --no-index --no-deps --no-compile \
+    PYTHONDONTWRITEBYTECODE=1 python3 "$installer/pip" install --quiet --no-index --no-deps --no-compile \
         --no-cache-dir --disable-pip-version-check --root-user-action=ignore --break-system-packages "$@"
 }
 
