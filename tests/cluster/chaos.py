@@ -35,27 +35,37 @@ _SECONDS = 600
 
 
 @dataclass(frozen=True)
+class Fault:
+    """Something that was broken."""
+
+    mend: Callable[[], None] = lambda: None
+    """Mends it; harmless where it is mended."""
+    node: str = ""
+    """The node that nobody reaches now."""
+
+
+@dataclass(frozen=True)
 class Scenario:
     """Something that breaks, and how it is mended before the next scenario, not before the job has succeeded."""
 
     number: str
     name: str
-    fault: Callable[[RealSite, str], Callable[[], None]]
-    """Breaks it for a job, and returns what mends it."""
+    strike: Callable[[RealSite, str], Fault]
+    """Breaks it for a job."""
     regroups: bool = True
     """Whether the workers have to form a new group."""
     mend_early: bool = False
     """Mend it once the next step was seen, and not only at the end."""
 
 
-def delete_worker(site: RealSite, name: str) -> Callable[[], None]:
+def delete_worker(site: RealSite, name: str) -> Fault:
     """`kubectl delete pod` on a worker."""
     pod = site.pods(name, "worker")[0]["metadata"]["name"]
     site.kubectl("delete", "pod", pod, "--wait=false")
-    return lambda: None
+    return Fault()
 
 
-def pull_cable(site: RealSite, name: str) -> Callable[[], None]:
+def pull_cable(site: RealSite, name: str) -> Fault:
     """The cable of a node with nothing of the job but a worker."""
     node = plain_node(site, name)
     node.pull_cable()
@@ -64,10 +74,10 @@ def pull_cable(site: RealSite, name: str) -> Callable[[], None]:
         node.plug_in()
         site.cluster.wait_until_ready([node.name])
 
-    return mend
+    return Fault(mend, node.name)
 
 
-def cut_power(site: RealSite, name: str) -> Callable[[], None]:
+def cut_power(site: RealSite, name: str) -> Fault:
     """The power of such a node."""
     node = plain_node(site, name)
     node.cut_power()
@@ -77,17 +87,17 @@ def cut_power(site: RealSite, name: str) -> Callable[[], None]:
         site.cluster.wait_until_ready([node.name])
         add_gpus(site.cluster.control_plane, node.name, 1)
 
-    return mend
+    return Fault(mend, node.name)
 
 
-def delete_coordinator(site: RealSite, name: str) -> Callable[[], None]:
+def delete_coordinator(site: RealSite, name: str) -> Fault:
     """`kubectl delete pod` on the coordinator."""
     pod = site.pods(name, "coordinator")[0]["metadata"]["name"]
     site.kubectl("delete", "pod", pod, "--wait=false")
-    return lambda: None
+    return Fault()
 
 
-def cut_coordinators_node(site: RealSite, name: str) -> Callable[[], None]:
+def cut_coordinators_node(site: RealSite, name: str) -> Fault:
     """The cable of the node with the coordinator, which has a worker too."""
     (pod,) = site.pods(name, "coordinator")
     node = site.cluster.node(pod["spec"]["nodeName"])
@@ -97,7 +107,7 @@ def cut_coordinators_node(site: RealSite, name: str) -> Callable[[], None]:
         node.plug_in()
         site.cluster.wait_until_ready([node.name])
 
-    return mend
+    return Fault(mend, node.name)
 
 
 SCENARIOS = (
@@ -125,7 +135,7 @@ def run(site: RealSite, scenario: Scenario, calm: Outcome, folder: Path) -> tupl
     watch = Watch(site, name)
     before = watch.wait_until(lambda p: p.nodes == 3 and p.step >= FAULT_AT, "three workers step", _SECONDS)
     began = time.time()
-    mend = scenario.fault(site, name)
+    fault = scenario.strike(site, name)
     try:
         after = watch.wait_until(
             lambda p: p.step_time > began and (p.attempt != before.attempt or not scenario.regroups),
@@ -133,16 +143,16 @@ def run(site: RealSite, scenario: Scenario, calm: Outcome, folder: Path) -> tupl
             _SECONDS,
         )
         recovery = Recovery(
-            noticed=first_after(site, name, began, ("workers-stop", "store-lost")),
-            formed=first_after(site, name, began, ("group-formed",)) if scenario.regroups else None,
+            noticed=first_after(site, name, began, ("workers-stop", "store-lost"), without=fault.node),
+            formed=first_after(site, name, began, ("group-formed",), without=fault.node) if scenario.regroups else None,
             stepped=after.step_time - began,
             lost_steps=max(0, before.step - (after.restored_step or 0)) if scenario.regroups else 0,
         )
         if scenario.mend_early:
-            mend()
+            fault.mend()
         site.wait_for(lambda: site.phase(name) in ("Succeeded", "Failed"), f"{name} is done", _SECONDS)
     finally:
-        mend()
+        fault.mend()
     found = outcome_of(site, name, folder / name)
     site.kubectl("delete", "pj", name, "--wait=false")
     return recovery, differences(calm, found, steps=STEPS)

@@ -10,9 +10,11 @@ from typing import Any
 from real_site import NAMESPACE, RealSite
 
 
-def records(site: RealSite, job: str) -> Iterator[dict[str, Any]]:
-    """Log records of the workers that are there, from every node, also one that cannot be reached."""
+def records(site: RealSite, job: str, without: str = "") -> Iterator[dict[str, Any]]:
+    """Log records of the workers that are there, from every node but one."""
     for node in site.cluster.nodes:
+        if node.name == without:
+            continue
         for file in node.folder.glob(f"pods/{NAMESPACE}_{job}-*/worker/*.log"):
             for line in file.read_text(errors="replace").splitlines():
                 text = line.split(" ", 3)[-1]  # time, stream and tag of the container runtime come first
@@ -24,11 +26,11 @@ def records(site: RealSite, job: str) -> Iterator[dict[str, Any]]:
                     yield record
 
 
-def first_after(site: RealSite, job: str, moment: float, events: Collection[str]) -> float | None:
-    """Seconds from a moment (Unix time) to the first of such events; None where there is none."""
+def first_after(site: RealSite, job: str, moment: float, events: Collection[str], without: str = "") -> float | None:
+    """Seconds from a moment (Unix time) to the first of such events on another node; None where there is none."""
     times = [
         datetime.fromisoformat(record["timestamp"]).timestamp()
-        for record in records(site, job)
+        for record in records(site, job, without)
         if record.get("event") in events and "timestamp" in record
     ]
     later = [time - moment for time in times if time > moment]
