@@ -30,7 +30,7 @@ def write_bundle(engine: Engine, wheelhouse: Path, own: Path, target: Path) -> N
         engine: Has built the images.
         wheelhouse: The wheels that they were built from.
         own: The wheel of this checkout.
-        target: The archive, a .tar: layers are compressed by who stores them.
+        target: The archive, a .tar: the layers in it are compressed already.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as made:
@@ -61,7 +61,7 @@ def save(engine: Engine, name: str, archive: Path) -> None:
     tag = tag_of(name)
     match engine.program:
         case "buildah":
-            engine.run("push", "--disable-compression", "--quiet", tag, f"oci-archive:{archive}:{release()}")
+            engine.run("push", "--quiet", tag, f"oci-archive:{archive}:{release()}")
         case "podman":
             engine.run("save", "--quiet", "--format=oci-archive", f"--output={archive}", tag)
         case _:

@@ -72,8 +72,7 @@ def build_images(names: tuple[str, ...] = NAMES) -> Layout:
     print("building the images of the test cluster: minutes once, seconds later", file=sys.stderr, flush=True)
     build(buildah, BASE, names, prune=True)
     for name in names:
-        # Compressing what is read on this machine only would take longer than all the rest.
-        buildah.run("push", "--disable-compression", "--quiet", tag_of(name), f"oci:{layout.folder}:{tag_of(name)}")
+        buildah.run("push", "--quiet", tag_of(name), f"oci:{layout.folder}:{tag_of(name)}")
     note.write_text(now)
     return layout
 
