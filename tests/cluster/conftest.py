@@ -16,10 +16,12 @@ from kubernetes import client, config
 sys.path.insert(0, str(Path(__file__).parent))  # for the harness beside this file; tests are no package
 
 import binaries
+import packages
 from control_plane import ControlPlane
 from helm import Helm
 from kwok import Kwok
 from pods import PodPlayer
+from real_site import RealSite, open_site
 
 NODES = 4
 
@@ -62,6 +64,18 @@ def control_plane(programs: tuple[Path, Path], tmp_path_factory: pytest.TempPath
     """The session's control plane, with a record of writes. Who breaks a component mends it."""
     with ControlPlane(programs[0], tmp_path_factory.mktemp("control-plane"), audit=True) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def real_site(programs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealSite]:
+    """The session's real nodes, with operator, S3 and data. Who breaks a node mends it."""
+    lacks = packages.left_out()
+    if lacks:
+        pytest.skip(lacks)
+    coredns = binaries.find_coredns()
+    assert coredns, "it is built with the other programs"
+    with open_site(programs[0], coredns, tmp_path_factory.mktemp("real")) as site:
+        yield site
 
 
 @pytest.fixture(scope="session")

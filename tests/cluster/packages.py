@@ -1,0 +1,74 @@
+"""What real nodes need of this machine: root, and a few Debian packages.
+
+    python tests/cluster/packages.py
+
+installs them where that is possible, which is on Debian as root, and says nothing elsewhere: the tests that need them
+say then what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAMS = {
+    "buildah": "buildah",
+    "containerd": "containerd",
+    "conntrack": "conntrack",
+    "ip": "iproute2",
+    "iptables": "iptables",
+    "mmdebstrap": "mmdebstrap",
+    "nsenter": "util-linux",
+    "runc": "runc",
+}
+"""Packages of Debian, by the program that is wanted of them."""
+CNI = Path("/usr/lib/cni")
+"""Where `containernetworking-plugins` puts its programs."""
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""PATH of what runs as root."""
+
+
+def left_out() -> str:
+    """Why tests with real nodes are left out here, as one sentence; empty where they run."""
+    if os.environ.get("SONOFORGE_NODES") != "1":
+        return "real nodes and their images take many minutes: run `make test-nodes`"
+    return missing()
+
+
+def missing() -> str:
+    """Why real nodes cannot run here, as one sentence; empty where they can."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "real nodes need Linux on x86-64"
+    if os.geteuid() != 0:
+        return "real nodes need root: they make network namespaces and run containers"
+    wanted = _wanted()
+    return f"real nodes need these Debian packages, see `make cluster-packages`: {', '.join(wanted)}" if wanted else ""
+
+
+def _wanted() -> list[str]:
+    wanted = [package for program, package in PROGRAMS.items() if not shutil.which(program, path=SEARCH_PATH)]
+    return wanted + ([] if (CNI / "ptp").exists() else ["containernetworking-plugins"])
+
+
+def install() -> None:
+    """Install what is missing, on Debian as root."""
+    wanted = _wanted()
+    if not wanted or os.geteuid() != 0 or not shutil.which("apt-get", path=SEARCH_PATH):
+        return
+    print(f"installing packages for nodes of the test cluster: {', '.join(wanted)}", file=sys.stderr, flush=True)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *wanted]):
+        done = subprocess.run(
+            ["apt-get", "--quiet", *command], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            print(f"  apt-get {command[0]} failed: {done.stderr.strip()[-500:]}", file=sys.stderr, flush=True)
+            return
+
+
+if __name__ == "__main__":
+    install()
