@@ -30,7 +30,7 @@ def decoder_blocks(depth: int) -> tuple[int, int, int, int]:
 
 def token_maps(features: Sequence[Features], grid: tuple[int, int]) -> list[Tensor]:
     """Patch tokens of each block as maps [n, d, h, w]."""
-    return [f.patches.transpose(1, 2).unflatten(2, grid) for f in features]
+    return [f.patches.transpose(1, 2).reshape(len(f.patches), -1, *grid) for f in features]
 
 
 class LinearDecoder(nn.Module):

@@ -143,7 +143,7 @@ def train(source: Tunable, task: FinetuneTask, options: FinetuneOptions, *, seed
         )
         loss = functional.cross_entropy(model(images, drop_path), wanted)
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         if (step + 1) % of_epoch == 0:
             epoch = (step + 1) // of_epoch

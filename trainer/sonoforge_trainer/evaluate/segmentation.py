@@ -229,7 +229,7 @@ def train(
             logits = model.decoder([maps[torch.from_numpy(places[batch.places])] for maps in still])
         loss = segment_loss(functional.interpolate(logits, (side, side), mode="bilinear"), batch.masks)
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         done = step + 1
         if done % options.validate_every == 0 or done == options.steps:
