@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sonoforge_trainer.contract import Score
-from sonoforge_trainer.evaluate.bootstrap import Floats, resample_weights, summarised
+from sonoforge_trainer.evaluate.bootstrap import Floats as Floats  # the arrays of all metrics
+from sonoforge_trainer.evaluate.bootstrap import resample_weights, summarised
 
 Ints = npt.NDArray[np.int64]
 
