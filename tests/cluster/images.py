@@ -21,7 +21,8 @@ from oci import Layout
 from wheelhouse import default_folder, fill
 
 BASE = "localhost/sonoforge-base:bookworm"
-_PACKAGES = "python3,ca-certificates"
+# torch is linked with the C++ library.
+_PACKAGES = "python3,ca-certificates,libstdc++6"
 # An image is no place to read manuals in.
 _WITHOUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*", "/usr/share/lintian/*")
 
