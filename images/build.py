@@ -8,6 +8,7 @@ The base image is chosen by who builds, because it is theirs to scan and to keep
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -112,10 +113,18 @@ def link_or_copy(source: Path, target: Path) -> None:
 def build(engine: Engine, base: str, names: Sequence[str] = NAMES, *, prune: bool = False) -> None:
     """Build the named images from the staged folder. Raises ImageError."""
     said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    common = [f"BASE={base}", f"VERSION={release()}", f"REVISION={said.stdout.strip() or 'unknown'}"]
+    own = _digest(*sorted((CONTEXT / "own").iterdir()))
+    common = [f"BASE={base}", f"OWN={own}", f"VERSION={release()}", f"REVISION={said.stdout.strip() or 'unknown'}"]
     for name in names:
+        dependencies = _digest(CONTEXT / f"{name}.lock", CONTEXT / "tools" / "install.sh")
         pruned = [f"PRUNE={str(prune).lower()}"] if name == "trainer" else []
-        engine.build(ROOT / "images" / name / "Dockerfile", tag_of(name), [*common, *pruned])
+        engine.build(
+            ROOT / "images" / name / "Dockerfile", tag_of(name), [*common, f"DEPENDENCIES={dependencies}", *pruned]
+        )
+
+
+def _digest(*files: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def main() -> None:

@@ -26,6 +26,10 @@ dependencies)
             "$site"/nvidia/cu13/lib/libnvperf_* "$site"/nvidia/*/include
         rm -f "$site"/torch/lib/libtorch_cuda_linalg.so
     fi
+    if [ -e "$site/torch" ]; then
+        PYTHONDONTWRITEBYTECODE=1 python3 -c 'import torch' \
+            || { echo "BASE lacks a library that torch needs: glibc and libstdc++, see docs/images.md" >&2; exit 1; }
+    fi
     # Some packages carry files of other versions of Python, which do not compile.
     compile "$site" || true
     ;;

@@ -29,7 +29,7 @@ from sonoforge_operator.install import NAME
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "chaos.md"
-STEPS, EVERY, FAULT_AT = 120, 20, 27
+STEPS, EVERY, FAULT_AT = 90, 30, 40
 """Steps of a job, steps between checkpoints, and the step after which something breaks: between two checkpoints."""
 _SECONDS = 600
 

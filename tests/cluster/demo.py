@@ -70,8 +70,7 @@ def _watch(began: float, site: RealSite) -> None:
     def done() -> bool:
         nonlocal told
         status = site.status("demo")
-        progress = status.get("progress", {})
-        now = f"{status.get('phase', 'Pending')}, step {progress.get('step', 0)}"
+        now = f"{status.get('phase', 'Pending')}, step {status.get('step', 0)}"
         if now != told:
             told = now
             say(began, "5/5", now)

@@ -20,10 +20,12 @@ from image_store import ImageStore
 from oci import Layout
 from wheelhouse import default_folder, fill
 
-BASE = "localhost/sonoforge-base:bookworm"
-_PACKAGES = "python3,ca-certificates"
+# torch is linked with the C++ library.
+_PACKAGES = "python3,ca-certificates,libstdc++6"
 # An image is no place to read manuals in.
 _WITHOUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*", "/usr/share/lintian/*")
+BASE = f"localhost/sonoforge-base:{hashlib.sha256(' '.join((_PACKAGES, *_WITHOUT)).encode()).hexdigest()[:12]}"
+"""The base image, named after what it is made from."""
 
 
 def folder() -> Path:
@@ -62,13 +64,13 @@ def build_images(names: tuple[str, ...] = NAMES) -> Layout:
     """Build the images of this checkout; the layout has them by their tags. Fast where only our code has changed."""
     folder().mkdir(parents=True, exist_ok=True)
     buildah, layout = engine(), Layout(folder() / "layout")
-    make_base(buildah)
     fill(default_folder())
     stage(default_folder())
     note = folder() / "built"
     now = _digest()
     if note.exists() and note.read_text() == now:
         return layout
+    make_base(buildah)
     print("building the images of the test cluster: minutes once, seconds later", file=sys.stderr, flush=True)
     build(buildah, BASE, names, prune=True)
     for name in names:

@@ -212,7 +212,12 @@ def job(name: str, *, steps: int, every: int, nodes: int = 3) -> dict[str, Any]:
             "training": {"model": {"depth": 2}, "data": {"shards": f"{DATA}/train/shards.json"}, "recipe": recipe},
             "workers": {"minNodes": 1, "maxNodes": nodes, "gpusPerNode": 1},
             "checkpoints": {"uri": f"s3://{BUCKET}/runs/{name}", "everySamples": every * 16, "keepLast": 1000},
-            "evaluation": {"suiteRef": {"name": "phantoms"}, "bestBy": "phantoms-knn/f1_macro", "floors": False},
+            "evaluation": {
+                "suiteRef": {"name": "phantoms"},
+                "bestBy": "phantoms-knn/f1_macro",
+                "floors": False,
+                "parallel": 2,
+            },
         },
     }
 
