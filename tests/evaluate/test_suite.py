@@ -222,3 +222,29 @@ def test_a_suite_that_cannot_be_is_refused_by_field(spec, message):
 def test_a_file_without_a_suite_is_refused():
     with pytest.raises(ContractError, match=r"jobs\.yaml: found 0 EvalSuite documents\. Allowed: exactly one"):
         read_suite("kind: PretrainJob\n", where="jobs.yaml")
+
+
+def test_a_random_baseline_that_is_finetuned_is_training_from_scratch_and_floors_have_none(
+    checkpoint, phantoms, natural, storage
+):
+    suite = EvalSuiteSpec.parse(
+        {
+            "evaluations": [
+                {
+                    "name": "planes",
+                    "shards": phantoms,
+                    "protocols": ["finetune"],
+                    "bootstrap": 0,
+                    "finetune": {"epochs": 1, "batch": 32, "augment": False},
+                }
+            ],
+            "baselines": [
+                {"name": "scratch", "kind": "random"},
+                {"name": "natural", "kind": "weights", "uri": natural},
+                {"name": "pixels", "kind": "raw-pixels"},
+            ],
+        }
+    )
+    entries = run_suite(suite, *checkpoint, storage, CPU)
+    assert [entry.model for entry in entries] == [CHECKPOINT, "scratch", "natural"]
+    assert all("finetune/f1_macro" in entry.result.scores for entry in entries), [entry.fault for entry in entries]

@@ -87,4 +87,5 @@ def _look(
     except ImageError:
         return _UNREADABLE  # the builder tells why, and stops or leaves it out as the user said
     digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes())
-    return Look(digest.hexdigest(), pixels.shape[:2], tuple(codes))
+    height, width = pixels.shape[:2]
+    return Look(digest.hexdigest(), (height, width), tuple(codes))
