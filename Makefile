@@ -28,7 +28,7 @@ test: $(VENV)/ready check cluster-programs ## Everything CI checks: format, lint
 
 .PHONY: test-nodes
 test-nodes: $(VENV)/ready cluster-programs cluster-packages ## Tests on real nodes, with images and containers (Linux, root, Debian packages)
-	SONOFORGE_CLUSTER=required SONOFORGE_NODES=1 $(BIN)/pytest tests/cluster/test_nodes.py \
+	SONOFORGE_CLUSTER=required SONOFORGE_NODES=required $(BIN)/pytest tests/cluster/test_nodes.py \
 		tests/cluster/test_real_life.py tests/cluster/test_air_gap.py
 
 .PHONY: check
@@ -97,7 +97,7 @@ chaos: $(VENV)/ready ## 50 random kills of every process of a run, by seed, and 
 
 .PHONY: chaos-cluster
 chaos-cluster: $(VENV)/ready cluster-programs cluster-packages ## Faults on three real nodes while a job trains; writes docs/chaos.md
-	$(BIN)/python tests/cluster/chaos.py --write
+	$(BIN)/python tests/cluster/node_faults.py --write
 
 .PHONY: lock
 lock: $(VENV)/ready ## Compile the lock files again, with hashes and without index addresses

@@ -27,7 +27,7 @@ def conditions(
     facts: list[_Fact] = [
         ("Accepted", True, "Valid", "the job can run"),
         ("Queued", waiting_for_queue, "WaitingForQueue" if waiting_for_queue else "NotWaiting", ""),
-        _scheduled(job, workers),
+        _scheduled(job, workers, outcome),
         _rendezvoused(observed.progress, running),
         _training(job, status, observed, stall, now) if running and outcome is None else _not_training(outcome),
         ("Stalled", stall is not None, stall.reason if stall else "Stepping", stall.message if stall else ""),
@@ -52,9 +52,11 @@ def phase(found: tuple[Condition, ...]) -> Phase:
     holds = {c.type for c in found if c.status == "True"}
     if any(c.type == "Training" and c.status == "Unknown" for c in found):
         holds.add("Training")  # the last that was known; silence that lasts is a stall
-    if not any(c.type == "Training" and c.reason == "Over" for c in found):
+    over = any(c.type == "Training" and c.reason == "Over" for c in found)
+    if not over:
         holds.discard("Evaluating")  # it goes on beside the training, which is what the job waits for
-    return next((word for condition, word in _PHASES if condition in holds), "Pending")
+    # After the training nothing is pending: workers leave, storage is listed and put in order, scores come.
+    return next((word for condition, word in _PHASES if condition in holds), "Evaluating" if over else "Pending")
 
 
 _Fact = tuple[str, bool | None, str, str]
@@ -68,11 +70,13 @@ def _end(result: str, status: JobStatus, otherwise: str) -> _Fact:
     return result, status.terminal, outcome.reason, outcome.message
 
 
-def _scheduled(job: JobFile, workers: list[ChildFact]) -> _Fact:
+def _scheduled(job: JobFile, workers: list[ChildFact], outcome: Outcome | None) -> _Fact:
     working, wanted = sum(f.works for f in workers), job.job.spec.workers
     message = f"{working} nodes run, {wanted.min_nodes} to {wanted.max_nodes} are wanted"
     if working >= wanted.min_nodes:
         return "Scheduled", True, "Running", message
+    if outcome is not None:
+        return "Scheduled", False, "Over", f"{working} nodes run, none is wanted any more"
     waiting = next((f for f in workers if f.waiting), None)
     if waiting:
         return "Scheduled", False, waiting.waiting, f"{message}: {waiting.waiting_message}".rstrip(": ")

@@ -201,6 +201,21 @@ def test_a_job_does_not_end_before_its_last_checkpoint_has_scores():
     assert world.status.phase == "Evaluating"
 
 
+def test_after_the_training_no_node_is_pending_while_storage_is_listed():
+    world = World()
+    world.turn()
+    world.report(100, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("eval-", 0, said_scores(0.5))
+    world.end("worker-")
+    world.turn()  # this starts the listing, which the next turn answers
+    assert world.running("inventory-") == ["inventory-000-000"]
+    assert all(c.evaluated for c in world.status.checkpoints)
+    assert world.status.phase == "Evaluating"
+    scheduled = world.status.condition("Scheduled")
+    assert (scheduled.reason, scheduled.message) == ("Over", "0 nodes run, none is wanted any more")
+
+
 def test_scores_that_stop_rising_stop_the_job_and_the_checkpoint_made_on_leaving_is_evaluated():
     world = World(file=job(evaluation=policy(stop_after_no_gain=2)))
     world.turn()

@@ -1,6 +1,6 @@
 """`make chaos-cluster`: faults on real nodes while a job trains, and what each of them cost.
 
-    python tests/cluster/chaos.py [--only 2 --only 4] [--write]
+    python tests/cluster/node_faults.py [--only 2 --only 4] [--write]
 
 Every scenario trains the same job as one that is left alone, breaks something once all three workers step, and waits
 for the job to succeed without a hand. The sample logs must be equal, every step must be in the log once, and every
