@@ -117,7 +117,7 @@ def protocol_seconds(entries: list[Entry]) -> dict[str, float]:
     for entry in entries:
         if entry.model == CHECKPOINT and entry.result:
             for name, seconds in entry.result.seconds.items():
-                if name != "features":
+                if name in entry.result.request.evaluation.protocols:
                     found.setdefault(name, []).append(seconds)
     return {name: sum(values) / len(values) for name, values in found.items()}
 
