@@ -249,7 +249,6 @@ def test_looking_at_pages_writes_nothing(served, shared):
     assert state() == before
 
 
-@pytest.mark.xfail(reason="known: the answer is 200 where 502 is wanted")
 def test_a_run_that_no_page_can_be_made_from_is_said_to_be_so(changing, runs):
     (runs / "team" / "fetal" / "summary.json").write_text("{}")
     assert changing.ask("GET", "/run/team%2Ffetal")[0] == 200, "a summary that does not fit is left out"

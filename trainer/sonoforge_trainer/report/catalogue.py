@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from sonoforge_trainer.contract import COMMIT, METRICS, canonical_json, parse_prefix
+from sonoforge_trainer.checkpoint.store import PRUNED
+from sonoforge_trainer.contract import COMMIT, canonical_json, parse_prefix
 from sonoforge_trainer.report.runs import BASELINES, SUMMARY
 from sonoforge_trainer.storage import ObjectInfo, Storage
 
 _MARKER = "/step-"
-_STATES = (COMMIT, "PRUNED", "QUARANTINE", METRICS)
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,10 @@ def _listed(base: str, run: str, named: Iterable[tuple[str, ObjectInfo]], beside
     for name, info in named:
         _, step, attempt, *below = name.split("/", 3)
         rest = "".join(below)
-        below_eval = rest.startswith("eval/")
-        if below_eval or rest in _STATES:
-            made_from.append((name, info.size, info.etag))
-        if rest in (COMMIT, "PRUNED"):
+        made_from.append((name, info.size, info.etag))  # states too: a checkpoint that lacks one is not shown
+        if rest in (COMMIT, PRUNED):
             steps[f"{step}/{attempt}"] = int(step.removeprefix("step-"))
-        results += below_eval and rest.count("/") == 1 and rest.endswith(".json")
+        results += rest.startswith("eval/") and rest.count("/") == 1 and rest.endswith(".json")
     digest = hashlib.sha256(canonical_json(sorted(made_from)).encode()).hexdigest()
     return Listed(
         path=run.strip("/"),
