@@ -118,7 +118,6 @@ def browser(tmp_path_factory):
     found.close()
 
 
-@pytest.mark.xfail(reason="known: narrow paper overflows by 61 px", strict=False)
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_page_fits_in_every_view_and_asks_for_nothing(browser, page, view):
     options = VIEWS[view]
