@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -15,6 +18,8 @@ from leftovers import end_pods, note_process
 from packages import SEARCH_PATH
 from rack import HOST, PODS, Outlet
 
+# The disk of a node's pods is its own, and small enough to be filled.
+_DISK_BYTES = 1 << 30
 # A cluster's usual 10 s and 40 s make a test of a lost node take a minute.
 _LEASE_SECONDS = 20
 GPU = "nvidia.com/gpu"
@@ -36,7 +41,9 @@ class Node:
 
     def prepare(self) -> None:
         """Write what its programs read."""
-        self.folder.mkdir()
+        disk = self.folder / "kubelet"
+        disk.mkdir(parents=True)
+        _run("mount", "--types=tmpfs", f"--options=size={_DISK_BYTES}", "tmpfs", str(disk))
         self._write_configuration()
 
     def start(self, store: ImageStore) -> None:
@@ -67,6 +74,14 @@ class Node:
         for component in self._components:
             component.kill()
         end_pods(self.folder)
+
+    def fill_disk(self) -> Callable[[], None]:
+        """Leave no byte on the disk of its pods. Returns what makes room again."""
+        file = self.folder / "kubelet" / "full"
+        with file.open("wb", buffering=0) as full, suppress(OSError):
+            while True:
+                full.write(bytes(1 << 20))
+        return partial(file.unlink, missing_ok=True)
 
     def pids_of(self, pod_uid: str) -> list[int]:
         """Processes of a pod's containers, seen from this machine, without the one that holds its namespaces."""
@@ -164,10 +179,19 @@ class Node:
             "failCgroupV1": False,
             "enforceNodeAllocatable": [],
             "failSwapOn": False,
-            "evictionHard": {"memory.available": "100Mi", "nodefs.available": "0%", "imagefs.available": "0%"},
+            "evictionHard": {"memory.available": "100Mi", "nodefs.available": "5%", "imagefs.available": "0%"},
+            "evictionPressureTransitionPeriod": "10s",
             "imageGCHighThresholdPercent": 100,
             "imageGCLowThresholdPercent": 99,
         }
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        error = subprocess.CalledProcessError(done.returncode, list(command))
+        error.add_note(done.stderr)
+        raise error
 
 
 def add_gpus(plane: ControlPlane, node: str, count: int) -> None:

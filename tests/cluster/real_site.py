@@ -71,10 +71,10 @@ class RealSite:
         )
         apply_crds(plane)
         self.apply(
-            _secret(NAME, "key", _OPERATOR_KEY),
-            _secret("s3", "credentials", self.s3.credentials_file.read_bytes()),
-            _secret("hash-key", "key", HASH_KEY.encode()),
-            self._runtime(),
+            secret(NAME, "key", _OPERATOR_KEY),
+            secret("s3", "credentials", self.s3.credentials_file.read_bytes()),
+            secret("hash-key", "key", HASH_KEY.encode()),
+            self.runtime(),
             _SUITE,
         )
         self.kubectl("apply", "--server-side", f"--filename={ROOT / 'manifests' / 'install.yaml'}")
@@ -131,6 +131,43 @@ class RealSite:
                 lines.append(f"--- {name}\n{self.kubectl('logs', name, '--tail=8', check=False)}")
         return "\n".join(lines)
 
+    def operator_pods(self) -> list[Any]:
+        """Pods of the operator."""
+        return self.cluster.pods(NAMESPACE, f"app.kubernetes.io/name={NAME}")
+
+    def objects(self, uri: str) -> list[str]:
+        """URIs of the objects below an S3 URI."""
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ())]
+
+    def put(self, uri: str, body: bytes) -> None:
+        """Write an object."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        self.client().put_object(Bucket=bucket, Key=key, Body=body)
+
+    def flip_bit(self, uri: str) -> bytes:
+        """Flip a bit in the middle of an object. What it was before."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        good: bytes = self.client().get_object(Bucket=bucket, Key=key)["Body"].read()
+        middle = len(good) // 2
+        self.put(uri, good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
+        return good
+
+    def spoil_copy_of_data(self) -> None:
+        """A copy of the data to train on, `spoilt` instead of `train`, with a flipped bit in every shard."""
+        if self.objects(f"{DATA}/spoilt/"):
+            return
+        bucket = DATA.removeprefix("s3://").partition("/")[0]
+        for uri in self.objects(f"{DATA}/train/"):
+            copy = uri.replace("/train/", "/spoilt/")
+            key = uri.removeprefix(f"s3://{bucket}/")
+            self.client().copy_object(
+                Bucket=bucket, Key=copy.removeprefix(f"s3://{bucket}/"), CopySource=f"{bucket}/{key}"
+            )
+            if uri.endswith(".tar"):
+                self.flip_bit(copy)
+
     def download(self, uri: str, folder: Path) -> None:
         """Copy everything below an S3 URI into a folder."""
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
@@ -156,7 +193,8 @@ class RealSite:
     def _operator_ready(self) -> bool:
         return bool(self.get("deployment", NAME).get("status", {}).get("readyReplicas"))
 
-    def _runtime(self) -> dict[str, Any]:
+    def runtime(self) -> dict[str, Any]:
+        """The runtime of the jobs, as a manifest."""
         small = {"requests": {"cpu": "50m", "memory": "256Mi"}}
         return {
             "apiVersion": "sonoforge.dev/v1alpha1",
@@ -246,7 +284,8 @@ def open_site(programs: Path, coredns: Path, folder: Path, *, nodes: int = 3) ->
         yield site
 
 
-def _secret(name: str, key: str, value: bytes) -> dict[str, Any]:
+def secret(name: str, key: str, value: bytes) -> dict[str, Any]:
+    """A Secret with one key."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",

@@ -36,6 +36,7 @@ SECRET = "/data/DOE_JANE_1970.dcm"
         (IntegrityError("s3://b/0.tar"), "data", 65, "s3://b/0.tar"),
         (torch.OutOfMemoryError(SECRET), "memory", 71, None),
         (MemoryError(SECRET), "memory", 71, None),
+        (RuntimeError(f"DefaultCPUAllocator: can't allocate memory: {SECRET}"), "memory", 71, None),
         (FloatingPointError(SECRET), "not-finite", 76, None),
         (torch.distributed.DistNetworkError(SECRET), "collective", 1, None),
         (RuntimeError(f"[gloo/transport/tcp/pair.cc:1] Connection closed by peer {SECRET}"), "collective", 1, None),

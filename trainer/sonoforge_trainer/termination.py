@@ -48,6 +48,8 @@ _OWN_CAUSES: dict[str, Cause] = {
 }
 # gloo and NCCL raise plain RuntimeErrors where torch does not wrap them.
 _COLLECTIVE_TEXT = re.compile(r"gloo|nccl|connection (closed|reset) by peer|process ?group", re.IGNORECASE)
+# What torch says where the system has no memory for a tensor; for a GPU it has a class of its own.
+_NO_MEMORY_TEXT = "DefaultCPUAllocator: can't allocate memory"
 # Signals that come from outside, or from torch's watchdog (SIGABRT); others are faults of the worker.
 _OUTSIDE_SIGNALS = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGABRT}
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -162,6 +164,8 @@ def _cause(exception: BaseException) -> Cause:
         return "config"
     names = {kind.__name__ for kind in type(exception).__mro__}
     if isinstance(exception, MemoryError) or "OutOfMemoryError" in names:
+        return "memory"
+    if isinstance(exception, RuntimeError) and _NO_MEMORY_TEXT in str(exception):
         return "memory"
     if isinstance(exception, FloatingPointError):
         return "not-finite"

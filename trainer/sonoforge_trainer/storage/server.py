@@ -95,6 +95,11 @@ class S3Server:
         return self._directory / "credentials"
 
     @property
+    def running(self) -> bool:
+        """Whether it was started and not stopped."""
+        return self._process is not None
+
+    @property
     def pid(self) -> int:
         """Process id of the running server."""
         assert self._process, "the server is not running"

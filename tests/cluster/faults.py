@@ -1,0 +1,293 @@
+"""Ways to break a cluster with real nodes while a job trains on it. Each returns how it is mended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import count
+
+import psutil
+from control_plane import API_SERVER, ETCD
+from node import Node, add_gpus
+from real_site import DATA, RealSite, job
+
+from sonoforge_trainer.contract import CheckpointRef
+
+_WAIT_SECONDS = 300
+_EVALUATED_AT = 0.9
+_numbers = count(1)
+_PRIORITY = {
+    "apiVersion": "scheduling.k8s.io/v1",
+    "kind": "PriorityClass",
+    "metadata": {"name": "urgent"},
+    "value": 1000,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that was broken."""
+
+    mend: Callable[[], None] = lambda: None
+    """Mends it; harmless where it is mended."""
+    node: str = ""
+    """The node that nobody reaches now."""
+
+
+Strike = Callable[[RealSite, str], Fault]
+"""Breaks something of the job with that name."""
+
+
+# --- pods and processes -----------------------------------------------------------------------------------------------
+
+
+def kill_process(site: RealSite, name: str) -> Fault:
+    """SIGKILL for a process that trains; its agent, which is the container, goes on."""
+    pod = site.pods(name, "worker")[0]
+    (agent,) = site.cluster.node(pod["spec"]["nodeName"]).pids_of(pod["metadata"]["uid"])
+    workers = [p for p in psutil.Process(agent).children(recursive=True) if _is_forked(p)]
+    assert workers, "a process trains in every pod"
+    workers[0].kill()
+    return Fault()
+
+
+def delete_worker(site: RealSite, name: str) -> Fault:
+    """`kubectl delete pod` on a worker."""
+    return _delete_pod(site, name, "worker")
+
+
+def delete_coordinator(site: RealSite, name: str) -> Fault:
+    """`kubectl delete pod` on the coordinator."""
+    return _delete_pod(site, name, "coordinator")
+
+
+def kill_operator(site: RealSite, name: str) -> Fault:
+    """SIGKILL for the operator; the kubelet starts it again."""
+    del name
+    (pod,) = site.operator_pods()
+    for pid in site.cluster.node(pod["spec"]["nodeName"]).pids_of(pod["metadata"]["uid"]):
+        psutil.Process(pid).kill()
+    return Fault()
+
+
+def with_operator(strike: Strike) -> Strike:
+    """The same fault, and the operator killed in the same moment."""
+
+    def both(site: RealSite, name: str) -> Fault:
+        fault = strike(site, name)
+        kill_operator(site, name)
+        return fault
+
+    return both
+
+
+def kill_evaluation(site: RealSite, name: str) -> Fault:
+    """SIGKILL for an evaluation once it has run for 90 % of the time that an earlier one took."""
+    site.wait_for(lambda: _evaluations(site, name, "Succeeded"), f"{name}: an evaluation is over", _WAIT_SECONDS)
+    ended = _evaluations(site, name, "Succeeded")[0]["status"]["containerStatuses"][0]["state"]["terminated"]
+    took = _unix(ended["finishedAt"]) - _unix(ended["startedAt"])
+    before = {pod["metadata"]["uid"] for pod in site.pods(name, "evaluation")}
+
+    def fresh() -> list[dict[str, dict[str, str]]]:
+        return [pod for pod in _evaluations(site, name, "Running") if pod["metadata"]["uid"] not in before]
+
+    site.wait_for(fresh, f"{name}: another evaluation runs", _WAIT_SECONDS)
+    pod = fresh()[0]
+    began = time.monotonic()
+    (process,) = site.cluster.node(pod["spec"]["nodeName"]).pids_of(pod["metadata"]["uid"])
+    time.sleep(max(0.0, _EVALUATED_AT * took - (time.monotonic() - began)))
+    psutil.Process(process).kill()
+    return Fault()
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+
+def drain(site: RealSite, name: str) -> Fault:
+    """`kubectl drain` of a node, while another one has room for what has to leave."""
+    node = plain_node(site, name)
+    other = next(each for each in site.cluster.nodes if each != node)
+    plane = site.cluster.control_plane
+    add_gpus(plane, other.name, 2)
+    plane.kubectl("drain", node.name, "--delete-emptydir-data", "--force", "--timeout=120s")
+
+    def mend() -> None:
+        plane.kubectl("uncordon", node.name)
+        add_gpus(plane, other.name, 1)
+
+    return Fault(mend)
+
+
+def pull_cable(site: RealSite, name: str) -> Fault:
+    """The cable of a node with nothing of the job but a worker."""
+    return _pulled(site, plain_node(site, name))
+
+
+def cut_power(site: RealSite, name: str) -> Fault:
+    """The power of such a node."""
+    node = plain_node(site, name)
+    node.cut_power()
+
+    def mend() -> None:
+        node.switch_on()
+        site.cluster.wait_until_ready([node.name])
+        add_gpus(site.cluster.control_plane, node.name, 1)
+
+    return Fault(mend, node.name)
+
+
+def cut_coordinators_node(site: RealSite, name: str) -> Fault:
+    """The cable of the node with the coordinator, which has a worker too."""
+    (pod,) = site.pods(name, "coordinator")
+    return _pulled(site, site.cluster.node(pod["spec"]["nodeName"]))
+
+
+def fill_disk(site: RealSite, name: str) -> Fault:
+    """No byte is left on the disk of a node's pods."""
+    node = plain_node(site, name)
+    return Fault(node.fill_disk())
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def preempt(site: RealSite, name: str) -> Fault:
+    """A job of a higher priority takes a node, trains, and ends."""
+    del name
+    urgent = f"urgent-{next(_numbers)}"
+    runtime = site.runtime()
+    runtime["metadata"]["name"] = "urgent"
+    runtime["spec"]["workers"]["priorityClassName"] = "urgent"
+    manifest = job(urgent, steps=20, every=20, nodes=1)
+    manifest["spec"]["runtimeRef"]["name"] = "urgent"
+    site.apply(_PRIORITY, runtime, manifest)
+
+    def mend() -> None:
+        site.wait_for(lambda: site.phase(urgent) == "Succeeded", f"{urgent} is done", _WAIT_SECONDS)
+        site.kubectl("delete", "pj", urgent, "--ignore-not-found", "--wait=false")
+
+    return Fault(mend)
+
+
+def shrink(site: RealSite, name: str) -> Fault:
+    """`kubectl patch` to one node; three again to mend it."""
+
+    def resize(nodes: int) -> None:
+        site.kubectl("patch", "pj", name, "--type=merge", f'--patch={{"spec":{{"workers":{{"maxNodes":{nodes}}}}}}}')
+
+    resize(1)
+    return Fault(partial(resize, 3))
+
+
+# --- storage ----------------------------------------------------------------------------------------------------------
+
+
+def stop_s3(site: RealSite, name: str) -> Fault:
+    """The S3 server is gone, with all its connections."""
+    del name
+    site.s3.kill()
+    return Fault(partial(_start_s3, site))
+
+
+def spoil_shards(site: RealSite, name: str) -> Fault:
+    """A flipped bit in every shard, and a new pod that has to read them."""
+    shards = [uri for uri in site.objects(f"{DATA}/train/") if uri.endswith(".tar")]
+    assert shards, "the data set has shards"
+    good = {uri: site.flip_bit(uri) for uri in shards}
+    delete_worker(site, name)
+
+    def mend() -> None:
+        while good:
+            site.wait_for(lambda: site.status(name)["restarts"].get("data"), f"{name} names its data", _WAIT_SECONDS)
+            site.put(*good.popitem())
+
+    return Fault(mend)
+
+
+def spoil_checkpoints(number: int) -> Strike:
+    """A flipped bit in the training state of the newest checkpoints, and a worker that is deleted."""
+
+    def strike(site: RealSite, name: str) -> Fault:
+        progress = site.progress(name)
+        assert progress, "the job trains"
+        newest: tuple[CheckpointRef, ...] = progress.checkpoints[-number:]
+        for checkpoint in newest:
+            states = [o for o in site.objects(f"{checkpoint.uri}/") if "state" in o.rsplit("/", 1)[-1]]
+            assert states, site.objects(f"{checkpoint.uri}/")
+            site.flip_bit(states[0])
+        return delete_worker(site, name)
+
+    return strike
+
+
+# --- the control plane ------------------------------------------------------------------------------------------------
+
+
+def stop_api_server(site: RealSite, name: str) -> Fault:
+    """Nobody answers for the cluster."""
+    del name
+    plane = site.cluster.control_plane
+    plane.components[API_SERVER].kill()
+
+    def mend() -> None:
+        if not plane.components[API_SERVER].running:
+            plane.components[API_SERVER].start()
+        plane.wait_until_ready()
+
+    return Fault(mend)
+
+
+def restart_etcd(site: RealSite, name: str) -> Fault:
+    """SIGKILL for etcd, which is started again at once."""
+    del name
+    site.cluster.control_plane.restart(ETCD)
+    return Fault()
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def plain_node(site: RealSite, name: str) -> Node:
+    """A node with a worker of the job and neither its coordinator nor the operator."""
+    others = {pod["spec"].get("nodeName") for pod in (*site.pods(name, "coordinator"), *site.operator_pods())}
+    names = sorted({pod["spec"]["nodeName"] for pod in site.pods(name, "worker")} - others)
+    assert names, "three nodes, and two pods to keep away from"
+    return site.cluster.node(names[0])
+
+
+def _pulled(site: RealSite, node: Node) -> Fault:
+    node.pull_cable()
+
+    def mend() -> None:
+        node.plug_in()
+        site.cluster.wait_until_ready([node.name])
+
+    return Fault(mend, node.name)
+
+
+def _delete_pod(site: RealSite, name: str, part: str) -> Fault:
+    pod = site.pods(name, part)[0]["metadata"]["name"]
+    site.kubectl("delete", "pod", pod, "--wait=false")
+    return Fault()
+
+
+def _start_s3(site: RealSite) -> None:
+    if not site.s3.running:
+        site.s3.start()
+
+
+def _evaluations(site: RealSite, name: str, phase: str) -> list[dict[str, dict[str, str]]]:
+    return [pod for pod in site.pods(name, "evaluation") if pod["status"]["phase"] == phase]
+
+
+def _is_forked(process: psutil.Process) -> bool:
+    """Whether a process was forked by the agent's fork server, as those that train are."""
+    parent = process.parent()
+    return parent is not None and any("forkserver" in word for word in parent.cmdline())
+
+
+def _unix(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
