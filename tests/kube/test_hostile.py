@@ -122,7 +122,7 @@ def test_a_spec_is_taken_or_refused_with_a_reason_and_nothing_else_happens(data)
         assert refused.message
         return
     decided = plan(found.file, Observed(JobStatus()), T0)
-    job_document(found, decided.status, Observed(JobStatus()), job, T0)
+    job_document(found, decided.status, Observed(JobStatus()))
 
 
 @HOSTILE

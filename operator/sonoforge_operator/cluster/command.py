@@ -36,7 +36,8 @@ from sonoforge_operator.cluster.store import Store, key_of
 log = structlog.get_logger(__name__)
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_WORKERS = 4
+_PASSES = 256
+"""Passes at once. Most of them wait for what a run says; few write, see Reconciler."""
 _COMPARE_SECONDS = 600.0
 _LOST = 70
 """Exit code of a replica that lost the Lease: whatever it was about to do, it does not do any more."""
@@ -270,7 +271,7 @@ async def _work(options: Options, state: _State, reconciler: Reconciler, wiring:
     log.info("ready", jobs=sum(1 for _ in store.all(JOBS.name)), seconds=round(time.monotonic() - began, 2))
     registry = registry_of(wiring, lambda: freshness, options.own_namespace)
     namespaces = {*options.namespaces, options.own_namespace} if options.namespaces else ()
-    passes = [state.queue.work(reconciler.reconcile) for _ in range(_WORKERS)]
+    passes = [state.queue.work(reconciler.reconcile) for _ in range(_PASSES)]
     own = [asyncio.ensure_future(task) for task in (freshness.keep(_COMPARE_SECONDS), *passes)]
     others = asyncio.all_tasks()  # all that kopf must not take for its own, and cancel, when it ends
     watches = await kopf.spawn_tasks(

@@ -30,14 +30,14 @@ def token_digest(token: str) -> str:
 
 
 class Coordinators:
-    """A visitor with the operator's key."""
+    """A visitor with the operator's key. Whoever has not answered after `seconds` is left."""
 
-    def __init__(self, key: bytes, url: str = DEFAULT_URL) -> None:
+    def __init__(self, key: bytes, url: str = DEFAULT_URL, *, seconds: float = _SECONDS) -> None:
         self._key, self._url = key, url
         # A coordinator is inside the cluster: a proxy of the environment must neither be asked nor see the token.
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=_SECONDS),
-            connector=aiohttp.TCPConnector(limit=64, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=seconds),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             trust_env=False,
         )
 

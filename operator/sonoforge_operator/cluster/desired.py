@@ -47,6 +47,8 @@ class ClusterJob:
     """Image of the trainer where the runtime names none."""
     operator_namespace: str
     """Namespace whose operator may visit the coordinator."""
+    generation: int = 1
+    """Generation of the spec that this was read from. A status says so, and no newer one that came meanwhile."""
 
     @property
     def runtime(self) -> PretrainRuntimeSpec:

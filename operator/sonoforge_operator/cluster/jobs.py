@@ -71,6 +71,7 @@ def resolve(manifest: Mapping[str, Any], store: Store, coordinators: Coordinator
         token_digest=coordinators.digest(uid),
         default_image=site.default_image,
         operator_namespace=site.operator_namespace,
+        generation=int(manifest["metadata"].get("generation") or 1),
     )
 
 

@@ -120,13 +120,13 @@ class ClusterPort:
     async def _record_job(self, job: ClusterJob, observed: Observed, status: JobStatus, now: float) -> None:
         uid, manifest = job.names.uid, self._manifest(job)
         known = self._memory[uid]
-        followed = manifest["metadata"].get("generation") == (manifest.get("status") or {}).get("observedGeneration")
+        followed = job.generation == (manifest.get("status") or {}).get("observedGeneration")
         if followed and weighty(known.status) == weighty(status):
             known.status = status
             interval = _NUMBERS_SECONDS if status.phase == "Running" else _IDLE_NUMBERS_SECONDS
             if status.terminal or now - known.written < interval:
                 return
-        await self._put_status(JOBS, manifest, job_document(job, status, observed, manifest, now))
+        await self._put_status(JOBS, manifest, job_document(job, status, observed))
         self._memory[uid] = _Memory(status, now)
 
     async def reject(self, manifest: Mapping[str, Any], document: Manifest) -> None:

@@ -33,13 +33,10 @@ _SHOWN_SCORES = 3
 _LONGEST_ETA_SECONDS = 10 * 365 * 86400
 
 
-def job_document(
-    job: ClusterJob, status: JobStatus, observed: Observed, manifest: Mapping[str, Any], now: float
-) -> Document:
+def job_document(job: ClusterJob, status: JobStatus, observed: Observed) -> Document:
     """The status of a PretrainJob."""
     file, names = job.file, job.names
     spec, progress = file.job.spec, status.progress
-    generation = int(manifest["metadata"].get("generation") or 1)
     workers = worker_facts(file, status, observed)
     ready = sum(fact.works for _, fact in workers) if not status.terminal else 0
     wanted = spec.workers.max_nodes
@@ -51,11 +48,11 @@ def job_document(
     best = next((c for c in status.checkpoints if c.best), None)
     head = _headline(status)
     shown = PretrainJobStatus(
-        observed_generation=generation,
+        observed_generation=job.generation,
         phase=status.phase,
         reason=head[0],
         message=head[1],
-        conditions=tuple(_condition(c, generation) for c in status.conditions),
+        conditions=tuple(_condition(c, job.generation) for c in status.conditions),
         nodes=NodeCounts(ready=ready, max=wanted),
         nodes_text=f"{ready}/{wanted}",
         selector=f"{LABEL_UID}={names.uid},{LABEL_PART}=worker",

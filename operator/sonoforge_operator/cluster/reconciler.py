@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,25 @@ def time_to_live(manifest: Mapping[str, Any], finished: float) -> float:
     return finished + seconds(text)
 
 
+class _Stopwatch:
+    """Seconds since it was made, without its pauses."""
+
+    def __init__(self) -> None:
+        self._began, self._paused = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began - self._paused
+
+    async def pause(self, awaited: Awaitable[object]) -> None:
+        """Wait for something on nobody's account."""
+        began = time.monotonic()
+        await awaited
+        self._paused += time.monotonic() - began
+
+
 class Reconciler:
-    """Passes over jobs by key. `clock` gives Unix seconds."""
+    """Passes over jobs by key. Many may wait for what a run says, and `turns` write. `clock` gives Unix seconds."""
 
     def __init__(
         self,
@@ -64,12 +83,15 @@ class Reconciler:
         metrics: Metrics,
         *,
         poll_seconds: float = 2.0,
+        turns: int = 2,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._port, self._store, self._coordinators, self._site = port, store, coordinators, site
         self._metrics, self._poll_seconds, self._clock = metrics, poll_seconds, clock
         self._uids: dict[Key, str] = {}
         self._active: set[Key] = set()
+        # What waits for a coordinator that is silent is not in the way of what has something to write.
+        self._turns = asyncio.Semaphore(turns)
 
     def keys_naming(self, kind: str, key: Key) -> list[Key]:
         """The jobs that name a runtime or a suite."""
@@ -81,9 +103,9 @@ class Reconciler:
 
     async def reconcile(self, key: Key) -> float | None:
         """Make one pass. Returns the seconds to the next one, or None where the job is gone."""
-        began = time.monotonic()
+        timed = _Stopwatch()
         try:
-            return await self._pass(key)
+            return await self._pass(key, timed)
         except ConflictError:
             self._metrics.failed_passes.labels("conflict").inc()
             raise
@@ -99,9 +121,9 @@ class Reconciler:
             log.error("pass-failed", job=str(key), exception=type(error).__name__, where=where)  # noqa: TRY400
             raise
         finally:
-            self._metrics.pass_seconds.observe(time.monotonic() - began)
+            self._metrics.pass_seconds.observe(timed.seconds)
 
-    async def _pass(self, key: Key) -> float | None:
+    async def _pass(self, key: Key, timed: _Stopwatch) -> float | None:
         manifest = self._store.get(JOBS.name, key.namespace, key.name)
         if manifest is None or manifest["metadata"].get("deletionTimestamp"):
             self._forget(key)
@@ -113,21 +135,25 @@ class Reconciler:
         now = self._clock()
         finished = finished_at(manifest)
         if finished:
-            return await self._after_the_end(manifest, Names(key, uid), finished, now)
+            async with self._turn(timed):
+                return await self._after_the_end(manifest, Names(key, uid), finished, now)
         try:
             job = resolve(manifest, self._store, self._coordinators, self._site)
             observed = await self._port.observe(job, now)
         except RejectedError as error:
-            await self._port.reject(manifest, rejected_document(manifest, error.reason, error.message, now))
+            async with self._turn(timed):
+                await self._port.reject(manifest, rejected_document(manifest, error.reason, error.message, now))
             return _LOOK_AGAIN_SECONDS
         except UnreadableRecordError:
-            await self._port.reject(manifest, rejected_document(manifest, "RecordUnreadable", _UNREADABLE, now))
+            async with self._turn(timed):
+                await self._port.reject(manifest, rejected_document(manifest, "RecordUnreadable", _UNREADABLE, now))
             return _RETIRE_SECONDS  # what repairs it is a change of the status, which wakes nobody
-        now = self._clock()
-        decided = plan(job.file, observed, now)
-        await self._port.record(job, observed, decided, now)
-        self._metrics.follow(key, observed.status, decided)
-        await self._port.apply(job, observed, decided, now)
+        async with self._turn(timed):
+            now = self._clock()
+            decided = plan(job.file, observed, now)
+            await self._port.record(job, observed, decided, now)
+            self._metrics.follow(key, observed.status, decided)
+            await self._port.apply(job, observed, decided, now)
         if decided.status.terminal:
             self._active.discard(key)
             return _RETIRE_SECONDS
@@ -146,6 +172,15 @@ class Reconciler:
             await self._port.expire(names)
             return None
         return min(left, float("inf") if await self._port.retire(names, now) else _RETIRE_SECONDS)
+
+    @asynccontextmanager
+    async def _turn(self, timed: _Stopwatch) -> AsyncIterator[None]:
+        """Wait for a turn to write. What a burst of jobs waits here is the queue's time and not that of a pass."""
+        await timed.pause(self._turns.acquire())
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     def _forget(self, key: Key) -> None:
         uid = self._uids.pop(key, None)

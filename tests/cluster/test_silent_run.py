@@ -1,0 +1,123 @@
+"""A run that does not answer costs its own job time and no other, and what changes meanwhile is not called seen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import yaml
+from control_plane import ControlPlane
+from operators import apply_crds, grant, own_namespace
+from test_life import JOB
+
+from sonoforge_operator.cluster.api_client import DEPLOYMENTS, JOBS, Api
+from sonoforge_operator.cluster.coordinators import Coordinators
+from sonoforge_operator.cluster.freshness import Freshness
+from sonoforge_operator.cluster.jobs import Site
+from sonoforge_operator.cluster.metrics import Metrics
+from sonoforge_operator.cluster.names import Key
+from sonoforge_operator.cluster.port import ClusterPort
+from sonoforge_operator.cluster.reconciler import Reconciler
+from sonoforge_operator.cluster.store import Store
+
+
+@dataclass
+class Silent:
+    """An operator without watches, one turn, and a coordinator of the job `fetal` that says nothing until released."""
+
+    reconciler: Reconciler
+    store: Store
+    freshness: Freshness
+    asked: asyncio.Event
+    released: asyncio.Event
+    fetal: Key
+
+    async def begin(self) -> asyncio.Future[float | None]:
+        """A pass over the job that waits for its run."""
+        await self.reconciler.reconcile(self.fetal)
+        (deployment,) = self.store.all(DEPLOYMENTS.name)
+        self.store.put(DEPLOYMENTS.name, {**deployment, "status": {"readyReplicas": 1}})
+        waits = asyncio.ensure_future(self.reconciler.reconcile(self.fetal))
+        await self.asked.wait()
+        return waits
+
+
+@asynccontextmanager
+async def opened(control_plane: ControlPlane, namespace: str) -> AsyncIterator[Silent]:
+    asked, released = asyncio.Event(), asyncio.Event()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        del reader
+        asked.set()
+        await released.wait()
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/{{namespace}}/{{service}}"
+    store, metrics = Store(), Metrics()
+    async with (
+        server,
+        await Api.connect(str(grant(control_plane, namespace))) as api,
+        Coordinators(b"a key of the tests, 32 bytes long", url, seconds=300) as visitor,
+    ):
+        site = Site(default_image="example.invalid/trainer:1", operator_namespace=namespace)
+        reconciler = Reconciler(ClusterPort(api, store, visitor), store, visitor, site, metrics, turns=1)
+        freshness = Freshness(api, store, (namespace,), metrics, lambda kind, key: None, steady=lambda: 0.0)
+        await freshness.fill()
+        yield Silent(reconciler, store, freshness, asked, released, Key(namespace, "fetal"))
+
+
+@pytest.fixture
+def kubectl(control_plane: ControlPlane) -> Any:
+    """kubectl in a namespace with the job `fetal` and its like, `other`."""
+    apply_crds(control_plane)
+    with own_namespace(control_plane, "silent") as namespace:
+
+        def run(*arguments: str, stdin: str | None = None) -> str:
+            return control_plane.kubectl(f"--namespace={namespace}", *arguments, stdin=stdin)
+
+        run.namespace = namespace  # type: ignore[attr-defined]
+        documents = list(yaml.safe_load_all(JOB))
+        other = {**documents[0], "metadata": {"name": "other"}}
+        other["spec"] = documents[0]["spec"] | {"checkpoints": {"uri": "s3://b/other"}}
+        run("apply", "--filename=-", stdin=yaml.safe_dump_all([*documents, other]))
+        yield run
+
+
+def test_a_run_that_does_not_answer_holds_no_turn_of_another_job(control_plane: ControlPlane, kubectl: Any) -> None:
+    async def story() -> None:
+        async with opened(control_plane, kubectl.namespace) as silent:
+            waits = await silent.begin()
+            await silent.reconciler.reconcile(Key(kubectl.namespace, "other"))
+            assert not waits.done(), "it waits still"
+            assert len(list(silent.store.all(DEPLOYMENTS.name))) == 2, "and the other job has its children"
+            silent.released.set()
+            await waits
+
+    asyncio.run(story())
+
+
+def test_a_spec_that_changes_during_a_pass_is_not_observed_by_it(
+    control_plane: ControlPlane, kubectl: Callable[..., str]
+) -> None:
+    def job() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(kubectl("get", "pj", "fetal", "--output=json"))
+        return found
+
+    async def story() -> None:
+        async with opened(control_plane, kubectl.namespace) as silent:  # type: ignore[attr-defined]
+            waits = await silent.begin()
+            kubectl("patch", "pj", "fetal", "--type=merge", '--patch={"spec":{"suspend":true}}')
+            assert await silent.freshness.compare(JOBS) == 1
+            silent.released.set()
+            await waits
+            assert (job()["metadata"]["generation"], job()["status"]["observedGeneration"]) == (2, 1)
+            await silent.reconciler.reconcile(silent.fetal)
+            assert job()["status"]["observedGeneration"] == 2
+
+    asyncio.run(story())
