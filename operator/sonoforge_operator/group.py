@@ -50,7 +50,9 @@ def count_coordinator(at: Turn) -> Turn:
     fact = at.observed.children.get(coordinator_name(at.status))
     if fact is None or fact.running or not coordinator_wanted(at.job, at.status, at.observed):
         return at
-    useful = at.now - fact.started > _USEFUL_SECONDS
+    # One that lived long was of use, and one that a step was told to: only what dies at its start is waited for.
+    told = at.status.progress is not None and at.status.progress.step_time > fact.started
+    useful = told or at.now - fact.started > _USEFUL_SECONDS
     return at.update(
         Event("CoordinatorReplaced", "the coordinator ended; training goes on", warning=True),
         coordinator_deaths=at.status.coordinator_deaths + 1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from builders import JOB, World, checkpoint, job, said_scores
 
@@ -415,3 +417,30 @@ def test_nodes_that_die_again_and_again_without_a_step_are_started_later_and_lat
     world.end("worker-001-0000", -9)
     world.turn()
     assert len(world.running("worker-001-0000")) == 1
+
+
+def kill_coordinator(world: World) -> int:
+    """It dies, and this many turns pass without one."""
+    (name,) = world.running("coordinator-")
+    world.children[name] = replace(world.children[name], running=False, exit_code=-9)
+    turns = 0
+    world.turn()
+    while not world.running("coordinator-"):
+        world.turn()
+        turns += 1
+    return turns
+
+
+def test_a_coordinator_that_dies_at_its_start_is_waited_for_longer_and_longer():
+    world = running_world()
+    assert [kill_coordinator(world) for _ in range(6)] == [0, 0, 0, 0, 2, 4]
+
+
+def test_a_coordinator_that_a_step_was_told_to_is_replaced_at_once_however_often_it_dies():
+    world = running_world()
+    waits = []
+    for step in range(20, 40):
+        world.report(step, 10)
+        world.turn()
+        waits.append(kill_coordinator(world))
+    assert waits == [0] * 20
