@@ -213,7 +213,7 @@ class Stall:
 
     reason: str
     """Rendezvous, Unreachable, Checkpointing, Collective or DataStarved, or what keeps nodes from running:
-    Unschedulable, ImagePull, WaitingForQueue, ContainerConfig."""
+    Unschedulable, ImagePull, WaitingForQueue, ContainerConfig, Starting."""
     message: str
     """One sentence."""
     restart: bool
@@ -222,6 +222,8 @@ class Stall:
 
 def nodes_are_missing(facts: StallFacts) -> Stall | None:
     """There are fewer nodes than the run needs, and it is known why. Only the platform can change that."""
+    if facts.waiting == "Starting" and facts.now - facts.since <= _startup(facts.policy):
+        return None  # so does every pod for a while
     if facts.running < facts.min_nodes and facts.waiting:
         message = f"{facts.running} of at least {facts.min_nodes} nodes run: {facts.waiting_message}".rstrip(": ")
         return Stall(facts.waiting, message, restart=False)

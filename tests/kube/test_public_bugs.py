@@ -282,6 +282,21 @@ def test_cre_310_pods_that_cannot_be_scheduled_are_not_shown_as_running():
     assert "0/3 nodes" in stalled.message
 
 
+def test_pods_that_start_are_pending_and_stalled_only_after_the_deadline():
+    """A status that cries stall at every start is not read when there is one."""
+    cluster = Cluster()
+    cluster.turn()
+    cluster.start()
+    creating = {"waiting": {"reason": "ContainerCreating"}}
+    cluster.pods = [pod("job-1", i, uid=f"p{i}", phase="Pending", state=creating) for i in range(3)]
+    cluster.turn()
+    assert cluster.status.phase == "Pending"
+    cluster.turn(1801.0)
+    stalled = cluster.status.condition("Stalled")
+    assert stalled is not None
+    assert (cluster.status.phase, stalled.reason) == ("Stalled", "Starting")
+
+
 def test_ci_infra_1057_a_node_that_rejects_pods_is_avoided_by_the_next_attempt():
     """pytorch/ci-infra #1057: one lost GPU, and the node rejected 554 pods in 1 h 46 m."""
     cluster = Cluster()
