@@ -36,7 +36,7 @@ from sonoforge_operator.cluster.store import Store, key_of
 log = structlog.get_logger(__name__)
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_PASSES = 256
+_PASSES = 32
 """Passes at once. Most of them wait for what a run says; few write, see Reconciler."""
 _COMPARE_SECONDS = 600.0
 _LOST = 70

@@ -148,8 +148,9 @@ class Reconciler:
             async with self._turn(timed):
                 await self._port.reject(manifest, rejected_document(manifest, "RecordUnreadable", _UNREADABLE, now))
             return _RETIRE_SECONDS  # what repairs it is a change of the status, which wakes nobody
+        now = self._clock()
         async with self._turn(timed):
-            now = self._clock()
+            # The time of the facts, not that of the turn: what was heard a while ago is no silence of the run.
             decided = plan(job.file, observed, now)
             await self._port.record(job, observed, decided, now)
             self._metrics.follow(key, observed.status, decided)
