@@ -1,9 +1,10 @@
-"""A run that does not answer costs its own job time and no other, and what changes meanwhile is not called seen."""
+"""What takes time in a pass: a run that does not answer, a spec that changes meanwhile, a turn that comes late."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,13 +25,33 @@ from sonoforge_operator.cluster.names import Key
 from sonoforge_operator.cluster.port import ClusterPort
 from sonoforge_operator.cluster.reconciler import Reconciler
 from sonoforge_operator.cluster.store import Store
+from sonoforge_trainer.contract import Activity, Progress
+
+
+class LateReconciler(Reconciler):
+    """Its clock can be told to jump while a pass waits for its turn."""
+
+    late_seconds = 0.0
+    _late = 0.0
+
+    @asynccontextmanager
+    async def _turn(self, timed: Any) -> AsyncIterator[None]:
+        async with super()._turn(timed):
+            self._late += self.late_seconds
+            yield
+
+    def now(self) -> float:
+        return time.time() + self._late
 
 
 @dataclass
 class Silent:
-    """An operator without watches, one turn, and a coordinator of the job `fetal` that says nothing until released."""
+    """An operator without watches, one turn, and a coordinator of the job `fetal` that says nothing until released.
 
-    reconciler: Reconciler
+    Then it says that the run trains and that a step has just ended.
+    """
+
+    reconciler: LateReconciler
     store: Store
     freshness: Freshness
     asked: asyncio.Event
@@ -55,6 +76,11 @@ async def opened(control_plane: ControlPlane, namespace: str) -> AsyncIterator[S
         del reader
         asked.set()
         await released.wait()
+        now = time.time()
+        training = {"attempt": "a", "activity": Activity.TRAINING, "updated": now, "step": 10, "steps": 100}
+        body = Progress(**training, step_time=now, world_size=1, nodes=1, median_step_seconds=1.0).to_json().encode()
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        await writer.drain()
         writer.close()
 
     server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
@@ -66,7 +92,11 @@ async def opened(control_plane: ControlPlane, namespace: str) -> AsyncIterator[S
         Coordinators(b"a key of the tests, 32 bytes long", url, seconds=300) as visitor,
     ):
         site = Site(default_image="example.invalid/trainer:1", operator_namespace=namespace)
-        reconciler = Reconciler(ClusterPort(api, store, visitor), store, visitor, site, metrics, turns=1)
+        reconciler = LateReconciler(
+            *(ClusterPort(api, store, visitor), store, visitor, site, metrics),
+            turns=1,
+            clock=lambda: reconciler.now(),
+        )
         freshness = Freshness(api, store, (namespace,), metrics, lambda kind, key: None, steady=lambda: 0.0)
         await freshness.fill()
         yield Silent(reconciler, store, freshness, asked, released, Key(namespace, "fetal"))
@@ -119,5 +149,21 @@ def test_a_spec_that_changes_during_a_pass_is_not_observed_by_it(
             assert (job()["metadata"]["generation"], job()["status"]["observedGeneration"]) == (2, 1)
             await silent.reconciler.reconcile(silent.fetal)
             assert job()["status"]["observedGeneration"] == 2
+
+    asyncio.run(story())
+
+
+def test_a_pass_that_waited_long_for_its_turn_does_not_take_that_for_a_stall(
+    control_plane: ControlPlane, kubectl: Any
+) -> None:
+    async def story() -> None:
+        async with opened(control_plane, kubectl.namespace) as silent:
+            waits = await silent.begin()
+            silent.reconciler.late_seconds = 600.0
+            silent.released.set()
+            await waits
+            status = json.loads(kubectl("get", "pj", "fetal", "--output=json"))["status"]
+            assert status["step"] == 10, "it was heard"
+            assert (status["attempt"], status.get("restarts", {})) == (1, {})
 
     asyncio.run(story())
