@@ -29,7 +29,7 @@ test: $(VENV)/ready check cluster-programs ## Everything CI checks: format, lint
 .PHONY: test-nodes
 test-nodes: $(VENV)/ready cluster-programs cluster-packages ## Tests on real nodes, with images and containers (Linux, root, Debian packages)
 	SONOFORGE_CLUSTER=required SONOFORGE_NODES=required $(BIN)/pytest tests/cluster/test_nodes.py \
-		tests/cluster/test_real_life.py tests/cluster/test_air_gap.py
+		tests/cluster/test_real_life.py tests/cluster/test_node_faults.py tests/cluster/test_air_gap.py
 
 .PHONY: check
 check: $(VENV)/ready ## Format, lint, types and import rules, without tests
