@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.timeout(1200)
 PLANTED = (b"DOE^JANE", b"Doe_Jane", b"MRN-4711", b"1970-02-31", b"cine-DOE", b"ACC-0815")
 """In folder names, file names, columns (patient, clip, others), and inside the image files."""
 
@@ -90,7 +91,7 @@ def plant(folder: Path, rows: int, seed: int) -> Path:
 def sonoforge(folder: Path, *arguments: str) -> tuple[int, bytes]:
     """Exit code and everything printed."""
     command = [sys.executable, "-m", "sonoforge_trainer", *arguments]
-    result = subprocess.run(command, cwd=folder, capture_output=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=folder, capture_output=True, timeout=900, check=False)
     return result.returncode, result.stdout + result.stderr
 
 
