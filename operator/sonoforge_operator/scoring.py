@@ -33,15 +33,16 @@ def checkpoint_status(ref: CheckpointRef, job: JobFile) -> CheckpointStatus:
 def follow_suite(at: Turn) -> Turn:
     """Give every checkpoint the evaluations that the job asks for now. What was scored before is kept."""
     suite = _suite_digest(at.job)
-    if at.status.suite == suite:
+    fresh = [EvaluationStatus(name=e.name, id=e.digest().removeprefix("sha256:")[:16]) for e in _with_floors(at.job)]
+    fresh += _of_baselines(at.job)
+    # Compared each time: what is remembered may have been edited, and a floor that nobody asks for has no request.
+    if at.status.suite == suite and [_asked(f) for f in at.status.floors] == [_asked(f) for f in fresh]:
         return at
     checkpoints = tuple(
         c.model_copy(update={"evaluations": tuple(_evaluations_of(c, at.job))}) for c in at.status.checkpoints
     )
-    known = {f.id: f for f in at.status.floors}
-    fresh = [EvaluationStatus(name=e.name, id=e.digest().removeprefix("sha256:")[:16]) for e in _with_floors(at.job)]
-    fresh += _of_baselines(at.job)
-    return at.update(suite=suite, checkpoints=checkpoints, floors=tuple(known.get(f.id, f) for f in fresh))
+    known = {_asked(f): f for f in at.status.floors}
+    return at.update(suite=suite, checkpoints=checkpoints, floors=tuple(known.get(_asked(f), f) for f in fresh))
 
 
 def score_checkpoints(at: Turn) -> Turn:
@@ -64,6 +65,9 @@ def score_checkpoints(at: Turn) -> Turn:
         floors.append(after)
         who = f"baseline {after.baseline}, {after.name}" if after.baseline else f"floors of {after.name}"
         events += _told(who, floor, after, None)
+    if not checkpoints:
+        # A floor names a checkpoint in its request: where all were deleted, it waits for the next.
+        floors = [_waiting(floor) for floor in floors]
     running = sum(e.phase == "Running" for e in [*floors, *(e for c in checkpoints for e in c.evaluations)])
     for number, checkpoint in enumerate(checkpoints):
         started = _started(checkpoint.evaluations, policy.parallel - running)
@@ -132,6 +136,15 @@ def _of_baselines(job: JobFile) -> list[EvaluationStatus]:
         for e in job.evaluations
         if (asked := baseline_evaluation(baseline, e)) is not None
     ]
+
+
+def _asked(floor: EvaluationStatus) -> tuple[str, str, str]:
+    """What tells floors and baselines apart."""
+    return floor.id, floor.name, floor.baseline
+
+
+def _waiting(floor: EvaluationStatus) -> EvaluationStatus:
+    return floor.model_copy(update={"phase": "Pending"}) if floor.phase == "Running" else floor
 
 
 def _started(evaluations: tuple[EvaluationStatus, ...], free: int) -> tuple[EvaluationStatus, ...]:

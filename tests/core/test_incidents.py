@@ -371,6 +371,34 @@ def test_floors_run_once_while_nothing_waits_and_the_job_waits_for_them():
     assert world.status.checkpoints[1].evaluations[0].phase == "Succeeded"
 
 
+def test_floors_wait_again_where_every_checkpoint_object_was_deleted_behind_the_operators_back():
+    world = World(file=parse_job_file(JOB.replace("floors: false", "floors: true"), where="job.yaml"))
+    world.turn()
+    world.report(10, 10)
+    world.turn()
+    world.end("eval-", 0, said_scores(0.5))
+    world.turn()
+    assert len(world.running("floor-")) == 1
+    world.status = world.status.model_copy(update={"checkpoints": ()})
+    world.turn()
+    assert world.running("floor-") == []
+    assert world.status.floors[0].phase == "Pending"
+    world.report(20, 10, 20)
+    ended(world)
+    assert world.status.floors[0].phase == "Succeeded"
+
+
+def test_floors_that_no_evaluation_of_the_suite_asks_for_are_forgotten():
+    world = World(file=parse_job_file(JOB.replace("floors: false", "floors: true"), where="job.yaml"))
+    world.turn()
+    world.report(10, 10)
+    world.turn()
+    unknown = world.status.floors[0].model_copy(update={"name": "nobody", "phase": "Running"})
+    world.status = world.status.model_copy(update={"floors": (unknown,)})
+    world.turn()
+    assert [(floor.name, floor.phase) for floor in world.status.floors] == [("planes", "Pending")]
+
+
 def test_floors_that_fail_are_told_and_the_job_succeeds():
     world = World(file=parse_job_file(JOB.replace("floors: false", "floors: true"), where="job.yaml"))
     world.turn()
