@@ -34,7 +34,9 @@ def wanted_children(job: JobFile, status: JobStatus, observed: Observed, now: fl
     if status.pruning:
         yield Child(retention_name(status), "retention", prune=status.pruning)
     if inventory_wanted(status, observed):
-        yield Child(inventory_name(status), "inventory", from_step=max(0, status.durable_step))
+        # What was pruned is not listed, so naming what is left says all that is known, however long the run was.
+        known = tuple(c.ref.id for c in status.checkpoints if not c.pruned)
+        yield Child(inventory_name(status), "inventory", known=known)
 
 
 def _floor_request(job: JobFile, status: JobStatus, floor: EvaluationStatus) -> EvaluationRequest:

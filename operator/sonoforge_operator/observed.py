@@ -29,8 +29,8 @@ class Child:
     baseline."""
     prune: tuple[str, ...] = ()
     """Ids of the checkpoints to delete, for retention."""
-    from_step: int = 0
-    """First step to list, for an inventory."""
+    known: tuple[str, ...] = ()
+    """Ids of the checkpoints that an inventory leaves out, because they are known."""
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,33 @@ def test_a_checkpoint_that_nobody_lived_to_report_is_found_and_evaluated_before_
     assert all(c.evaluations[0].phase == "Succeeded" for c in world.status.checkpoints)
 
 
+def test_every_checkpoint_that_nobody_reported_is_found_however_old_and_however_many_there_are():
+    reported, unreported = range(0, 400, 2), range(1, 40, 2)
+    file = job(evaluation=job().job.spec.evaluation.model_copy(update={"parallel": 64}))
+    world = World(file=file)
+    world.turn()
+    world.report(100, *reported, activity=Activity.FINISHED)
+    world.unreported = tuple(unreported)
+    world.turn()
+    world.end("worker-")
+    ended(world, turns=30)
+    assert world.status.phase == "Succeeded"
+    assert [c.ref.step for c in world.status.checkpoints] == sorted([*reported, *unreported])
+    assert all(c.evaluations[0].phase == "Succeeded" for c in world.status.checkpoints)
+    assert world.status.inventories == 3  # 20 checkpoints, 8 at a time
+
+
+def test_a_listing_that_is_done_again_leaves_out_what_is_known_and_not_what_was_deleted():
+    world = retained()
+    world.end("retention-", 0)
+    world.report(100, 10, 20, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    world.turn()
+    (listing,) = [c for c in world.last.children if c.kind == "inventory"]
+    assert listing.known == (checkpoint(20).id, checkpoint(100).id)
+
+
 def test_how_processes_end_after_the_last_checkpoint_changes_nothing():
     world = running_world()
     world.report(100, 10, 100, activity=Activity.FINISHED)
