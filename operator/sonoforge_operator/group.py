@@ -115,6 +115,7 @@ def _next_attempt(at: Turn, backoff: Backoff | None = None) -> Turn:
         attempt=at.status.attempt + 1,
         worker_deaths=(),
         worker_lost=(),
+        worker_lost_created=(),
         worker_seen=(),
         attempt_started=at.now,
         replaced=at.now,
@@ -145,11 +146,12 @@ def _count_unseen(at: Turn, facts: list[tuple[int, ChildFact]]) -> Turn:
 def _replace(at: Turn, lost: list[tuple[int, ChildFact]]) -> Turn:
     deaths = list(node_deaths(at.status, at.job))
     identities = list((at.status.worker_lost + ("",) * len(deaths))[: len(deaths)])
+    created = list((at.status.worker_lost_created + (0.0,) * len(deaths))[: len(deaths)])
     restarts = dict(at.status.restarts)
     events = []
     for index, fact in lost:
         deaths[index] += 1
-        identities[index] = fact.identity
+        identities[index], created[index] = fact.identity, fact.created
         restarts["infrastructure"] = restarts.get("infrastructure", 0) + 1
         events.append(Event("WorkerReplaced", f"node {index} was lost; a new one is started", warning=True))
     requests = (Request(kind="lost", node=str(index), id=fact.name) for index, fact in lost)
@@ -157,6 +159,7 @@ def _replace(at: Turn, lost: list[tuple[int, ChildFact]]) -> Turn:
         *events,
         worker_deaths=tuple(deaths),
         worker_lost=tuple(identities),
+        worker_lost_created=tuple(created),
         restarts=restarts,
         replaced=at.now,
         node_backoff=_node_backoff(at),

@@ -59,6 +59,8 @@ class ChildFact:
     """The machine it is or was on."""
     identity: str = ""
     """What tells it from another one of the same name, where names can be used again."""
+    created: float = 0.0
+    """Unix time of its creation, where it has an identity."""
 
     @property
     def works(self) -> bool:

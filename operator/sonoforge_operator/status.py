@@ -196,6 +196,8 @@ class JobStatus(Part):
     """For each node, how often its process ended and was replaced in this attempt."""
     worker_lost: tuple[str, ...] = ()
     """For each node, the identity of its process that ended last and was counted."""
+    worker_lost_created: tuple[float, ...] = ()
+    """For each node, the Unix time of that one's creation: what is older was counted before it."""
     worker_seen: tuple[str, ...] = ()
     """For each node, the identity of its process that was seen last."""
     excluded: tuple[ExcludedNode, ...] = ()

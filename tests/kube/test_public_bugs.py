@@ -241,6 +241,26 @@ def test_volcano_2560_a_preemption_costs_no_retry():
     assert cluster.status.phase == "Running"
 
 
+def test_a_lost_pod_is_counted_once_also_when_the_object_of_the_next_lost_one_is_gone():
+    cluster = Cluster()
+    cluster.training(10, 0)
+    cluster.end(0, 143, reason="Evicted")
+    evicted = cluster.pods[0]
+    cluster.turn()
+    cluster.pods.append(pod("job-1", 0, uid="b", created="2026-01-01T00:00:10Z"))
+    cluster.turn()
+    cluster.pods[-1] = pod("job-1", 0, uid="b", phase="Failed", state=ended(143), created="2026-01-01T00:00:10Z")
+    cluster.turn()
+    cluster.pods[-1] = pod("job-1", 0, uid="c", created="2026-01-01T00:00:20Z")
+    assert evicted in cluster.pods
+    for _ in range(3):
+        cluster.step(11)
+        decided = cluster.turn()
+        assert decided.requests == ()
+    assert cluster.status.restarts == {"infrastructure": 2}
+    assert cluster.events.count("WorkerReplaced") == 2
+
+
 def test_kuberay_3860_a_job_whose_head_is_gone_is_not_running_for_ever():
     """Nobody answers any more: the status says so within seconds, and names it a stall in the end."""
     cluster = Cluster()
