@@ -34,8 +34,13 @@ _BY_REASON: dict[str, End] = {
     "Preempting": "infrastructure",
     "NodeAffinity": "infrastructure",
     "DeadlineExceeded": "infrastructure",
+    # The node came back without the container, as after a reboot.
+    "ContainerStatusUnknown": "infrastructure",
+    "Unknown": "infrastructure",
 }
 """Reasons that the kubelet gives for the end of a container or a pod."""
+_KILLED = 137
+"""Exit code of a process that SIGKILL ended, as containers have it: where nobody says why, it came from outside."""
 _DATA_RESTARTS, _MEMORY_RESTARTS, _NOT_FINITE_RESTARTS = 3, 1, 1
 _CHECKPOINT_PATIENCE_SECONDS = 3900.0
 """The trainer itself gives a checkpoint up after an hour."""
@@ -56,7 +61,7 @@ class Failure:
 def classify(fact: ChildFact) -> Failure:
     """The class of a worker's end: what the platform knows, then what it said, then its exit code.
 
-    137 alone never decides.
+    137 alone says no more than that the process was killed.
     """
     said = fact.termination
     cause = said.cause if said else None
@@ -69,7 +74,7 @@ def classify(fact: ChildFact) -> Failure:
     if said and cause and cause != "terminated":
         where = f" at step {said.step}" if said.step is not None else ""
         return Failure(cause, f"{said.exception or cause}{where}: {said.message}".rstrip(": "))
-    if fact.exit_code is None or fact.exit_code < 0 or (said and fact.exit_code != 0):
+    if fact.exit_code in (None, _KILLED) or fact.exit_code < 0 or (said and fact.exit_code != 0):
         return Failure("infrastructure", "the process was killed" if fact.exit_code != ExitCode.TERMINATED else "")
     return Failure(_BY_CODE.get(fact.exit_code, "application"), f"exit code {fact.exit_code}")
 

@@ -22,7 +22,18 @@ def fact_of(document, now=T0 + 60):
     ("document", "cause", "message"),
     [
         (pod("j", phase="Failed", state=ended(1)), "application", "exit code 1"),
-        (pod("j", phase="Failed", state=ended(137)), "application", "exit code 137"),
+        (pod("j", phase="Failed", state=ended(137)), "infrastructure", "the process was killed"),
+        (
+            pod("j", phase="Failed", state=ended(137, reason="ContainerStatusUnknown")),
+            "infrastructure",
+            "ContainerStatusUnknown on node-a",
+        ),
+        (pod("j", phase="Failed", state=ended(255, reason="Unknown")), "infrastructure", "Unknown on node-a"),
+        (
+            pod("j", phase="Failed", state=ended(137, {"cause": "application", "message": "x"})),
+            "application",
+            "application: x",
+        ),
         (pod("j", phase="Failed", state=ended(137, reason="OOMKilled")), "memory", "OOMKilled on node-a"),
         (pod("j", phase="Failed", state=ended(143)), "infrastructure", "exit code 143"),
         (
