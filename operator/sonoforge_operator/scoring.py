@@ -81,10 +81,10 @@ def score_checkpoints(at: Turn) -> Turn:
 
 
 def choose_best(at: Turn) -> Turn:
-    """Name the checkpoint that is best on validation; of equal ones the oldest. Test scores are not looked at."""
+    """Name the sound checkpoint that is best on validation; of equal ones the oldest. Test scores are not looked at."""
     policy = at.spec.evaluation
     name = policy.best_by
-    scored = [(s, c) for c in at.status.checkpoints if name and (s := c.compared(name)) is not None]
+    scored = [(s, c) for c in at.status.sound if name and (s := c.compared(name)) is not None]
     if name is None or not scored:
         return _mark_best(at, None, None, None) if at.status.best else at
     sign = 1 if policy.best_is == "highest" else -1

@@ -240,6 +240,15 @@ def test_the_best_on_validation_is_chosen_and_kept_and_not_the_best_on_test():
     assert [c.ref.step for c in world.status.checkpoints if not c.pruned] == [10, 40]
 
 
+def test_a_best_checkpoint_that_is_found_damaged_gives_its_place_to_the_next_best():
+    world = chosen_world()
+    world.report(50, 10, 20, 30, 40, quarantined=(checkpoint(10).uri,))
+    world.turn()
+    assert world.status.best == checkpoint(30).id
+    assert (world.status.best_score, world.status.best_compared) == (0.5, 0.7)
+    assert [c.ref.step for c in world.status.checkpoints if c.best] == [30]
+
+
 @pytest.mark.parametrize(
     ("scores", "stops"),
     [
