@@ -298,7 +298,7 @@ def _startup(policy: RestartPolicy) -> float:
 
 
 def no_gain(scores: Sequence[float | None], patience: int | None, *, highest: bool) -> bool:
-    """Whether the last `patience` scored checkpoints in a row brought no better score. Unscored ones wait."""
+    """Whether the last `patience` scored checkpoints in a row brought no better score. None does not count."""
     if not patience:
         return False
     best: float | None = None

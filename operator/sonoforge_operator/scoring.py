@@ -8,7 +8,7 @@ from sonoforge_operator import rules
 from sonoforge_operator.api import JobFile
 from sonoforge_operator.children import evaluation_name, floor_name
 from sonoforge_operator.observed import ChildFact, Event
-from sonoforge_operator.status import CheckpointStatus, EvaluationStatus, Tries, requests_of
+from sonoforge_operator.status import CheckpointStatus, EvaluationStatus, JobStatus, Tries, requests_of
 from sonoforge_operator.turn import Turn
 from sonoforge_trainer.contract import (
     CheckpointRef,
@@ -97,6 +97,17 @@ def choose_best(at: Turn) -> Turn:
     if selection_score(name) != name and score is not None:
         told += f"; on test {score:.4f}"
     return _mark_best(at, best.ref.id, score, compared).update(Event("NewBest", told))
+
+
+def settled_scores(status: JobStatus, best_by: str) -> list[float | None]:
+    """What decides, by checkpoint, up to the first that may still get it; None where it never comes."""
+    scores: list[float | None] = []
+    for checkpoint in status.checkpoints:
+        score = checkpoint.compared(best_by)
+        if score is None and not checkpoint.evaluated:
+            break
+        scores.append(score)
+    return scores
 
 
 def _mark_best(at: Turn, best: str | None, score: float | None, compared: float | None) -> Turn:

@@ -272,6 +272,36 @@ def test_a_job_stops_early_where_validation_stops_rising_whatever_test_does(scor
         assert outcome.message == "2 checkpoints in a row without a better planes-knn/val_f1_macro"
 
 
+def test_a_job_does_not_stop_early_past_a_checkpoint_that_waits_for_its_score():
+    evaluation = job().job.spec.evaluation.model_copy(update={"stop_after_no_gain": 2, "parallel": 4})
+    world = World(file=job(evaluation=evaluation))
+    world.turn()
+    world.report(40, 10, 20, 30, 40)
+    world.turn()
+    names = {c.evaluations[0].id: c.ref.step for c in world.status.checkpoints}
+    by_step = {names[name.split("-")[1]]: name for name in world.running("eval-")}
+    for step, score in ((10, 0.5), (20, 0.4), (40, 0.4)):
+        world.end(by_step[step], 0, said_scores(score))
+    world.turn()
+    assert world.running("eval-") == [by_step[30]]
+    assert world.status.outcome is None
+    world.end(by_step[30], 0, said_scores(0.6))
+    world.turn()
+    assert world.status.outcome is None
+
+
+def test_a_checkpoint_whose_evaluation_failed_for_good_does_not_hold_early_stopping_up():
+    policy = {"stop_after_no_gain": 2, "parallel": 1, "retries": 0}
+    world = World(file=job(evaluation=job().job.spec.evaluation.model_copy(update=policy)))
+    world.turn()
+    world.report(40, 10, 20, 30, 40)
+    for said in (said_scores(0.5), said_scores(0.4), None, said_scores(0.4)):
+        world.turn()
+        world.end("eval-", 0 if said else 65, said)
+    world.turn()
+    assert world.status.outcome.reason == "NoGain"
+
+
 def test_a_choice_that_was_made_by_another_score_does_not_stay():
     world = chosen_world()
     evaluation = world.file.job.spec.evaluation.model_copy(update={"best_by": "planes-knn/accuracy"})
