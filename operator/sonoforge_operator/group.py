@@ -175,9 +175,7 @@ def _restart(at: Turn, failure: rules.Failure) -> Turn:
     applications = [t for t in at.status.application_failures if t > window]
     if failure.cause == "application":
         applications.append(at.now)
-    # A group that lost its nodes did nothing wrong; every other restart has to bring the run forward.
-    innocent = failure.cause in ("collective", "hardware")
-    stuck = 1 if moved else at.status.restarts_without_progress + (not innocent)
+    stuck = (0 if moved else at.status.restarts_without_progress) + (failure.cause not in rules.INNOCENT)
     counted = at.update(
         restarts=_raised(at.status, failure.cause),
         application_failures=tuple(applications),

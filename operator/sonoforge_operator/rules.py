@@ -41,6 +41,8 @@ _BY_REASON: dict[str, End] = {
 """Reasons that the kubelet gives for the end of a container or a pod."""
 _KILLED = 137
 """Exit code of a process that SIGKILL ended, as containers have it: where nobody says why, it came from outside."""
+INNOCENT: tuple[End, ...] = ("collective", "hardware")
+"""A group that lost its nodes did nothing wrong; every other restart has to bring the run forward."""
 _DATA_RESTARTS, _MEMORY_RESTARTS, _NOT_FINITE_RESTARTS = 3, 1, 1
 _CHECKPOINT_PATIENCE_SECONDS = 3900.0
 """The trainer itself gives a checkpoint up after an hour."""
@@ -147,6 +149,8 @@ def data_is_damaged(facts: GiveUpFacts) -> Outcome | None:
 def nothing_moves(facts: GiveUpFacts) -> Outcome | None:
     """Restarts do not bring the run forward."""
     limit = facts.policy.no_progress.max
+    if facts.failure.cause in INNOCENT:
+        return None
     if facts.status.restarts_without_progress >= limit:
         return Outcome(
             result="Failed",
