@@ -140,6 +140,12 @@ def worker_facts(job: JobFile, status: JobStatus, observed: Observed) -> list[tu
     return [(i, observed.children[name]) for i, name in names if name in observed.children]
 
 
+def held_up(facts: Iterable[ChildFact]) -> ChildFact | None:
+    """The first of these that waits: what may wait for ever is told before what only starts."""
+    waiting = [fact for fact in facts if fact.waiting]
+    return min(waiting, key=lambda fact: fact.waiting == "Starting", default=None)
+
+
 def newest_start(job: JobFile, status: JobStatus, observed: Observed) -> float:
     """Unix time at which the newest running process of the group started or was wanted."""
     started = [f.started for _, f in worker_facts(job, status, observed) if f.works]

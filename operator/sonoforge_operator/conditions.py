@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sonoforge_operator.api import JobFile
-from sonoforge_operator.children import newest_start
+from sonoforge_operator.children import held_up, newest_start
 from sonoforge_operator.observed import ChildFact, Observed
 from sonoforge_operator.rules import Stall
 from sonoforge_operator.status import Condition, JobStatus, Outcome, Phase
@@ -77,7 +77,7 @@ def _scheduled(job: JobFile, workers: list[ChildFact], outcome: Outcome | None) 
         return "Scheduled", True, "Running", message
     if outcome is not None:
         return "Scheduled", False, "Over", f"{working} nodes run, none is wanted any more"
-    waiting = next((f for f in workers if f.waiting), None)
+    waiting = held_up(workers)
     if waiting:
         return "Scheduled", False, waiting.waiting, f"{message}: {waiting.waiting_message}".rstrip(": ")
     return "Scheduled", False, "Starting" if workers else "NoWorkers", message

@@ -7,6 +7,7 @@ from sonoforge_operator.api import seconds
 from sonoforge_operator.children import (
     coordinator_name,
     coordinator_wanted,
+    held_up,
     last_checkpoint_is_known,
     newest_start,
     node_deaths,
@@ -89,7 +90,7 @@ def watch_for_stalls(at: Turn) -> Turn:
         return at
     coordinator = at.observed.children.get(coordinator_name(at.status))
     workers = worker_facts(at.job, at.status, at.observed)
-    waiting = next((f for _, f in workers if f.waiting), None)
+    waiting = held_up(f for _, f in workers)
     facts = rules.StallFacts(
         progress=at.status.progress or Progress(),
         answered=at.observed.progress is not None,
@@ -101,6 +102,8 @@ def watch_for_stalls(at: Turn) -> Turn:
         now=at.now,
         waiting=waiting.waiting if waiting else "",
         waiting_message=waiting.waiting_message if waiting else "",
+        coordinator_waiting=coordinator.waiting if coordinator else "",
+        coordinator_message=coordinator.waiting_message if coordinator else "",
     )
     found = rules.stalled(facts)
     if found is None:

@@ -214,6 +214,11 @@ class StallFacts:
     waiting: str = ""
     """Why nodes that are needed do not run yet, in one word."""
     waiting_message: str = ""
+    """The same in a sentence."""
+    coordinator_waiting: str = ""
+    """Why the coordinator does not run yet, in one word."""
+    coordinator_message: str = ""
+    """The same in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +226,8 @@ class Stall:
     """A run that does not step."""
 
     reason: str
-    """Rendezvous, Unreachable, Checkpointing, Collective or DataStarved, or what keeps nodes from running:
-    Unschedulable, ImagePull, WaitingForQueue, ContainerConfig, Starting."""
+    """Rendezvous, Unreachable, Checkpointing, Collective or DataStarved, or what keeps nodes or the coordinator from
+    running: Unschedulable, ImagePull, WaitingForQueue, ContainerConfig, Starting."""
     message: str
     """One sentence."""
     restart: bool
@@ -239,11 +244,19 @@ def nodes_are_missing(facts: StallFacts) -> Stall | None:
     return None
 
 
+def coordinator_cannot_run(facts: StallFacts) -> Stall | None:
+    """Nobody can answer, and it is known why. A group that steps goes on without it for a while."""
+    stepped = facts.progress.step_time > facts.since
+    if facts.answered or facts.coordinator_waiting in ("", "Starting") or (stepped and not _silent_for_long(facts)):
+        return None
+    message = f"the coordinator does not run: {facts.coordinator_message}".rstrip(": ")
+    return Stall(facts.coordinator_waiting, message, restart=False)
+
+
 def coordinator_is_silent(facts: StallFacts) -> Stall | None:
     """Nothing is known, so nothing is done to the workers."""
-    waited = facts.now - max(facts.since, facts.coordinator_since, facts.progress.updated)
-    if not facts.answered and waited > _startup(facts.policy):
-        return Stall("Unreachable", f"the coordinator does not answer for {waited:.0f} s", restart=False)
+    if not facts.answered and _silent_for_long(facts):
+        return Stall("Unreachable", f"the coordinator does not answer for {_silence(facts):.0f} s", restart=False)
     return None
 
 
@@ -279,7 +292,7 @@ def step_is_late(facts: StallFacts) -> Stall | None:
     return Stall("DataStarved" if progress.data_wait > 0.9 else "Collective", message, restart=True)
 
 
-STALLED = (nodes_are_missing, coordinator_is_silent, first_step_is_late, step_is_late)
+STALLED = (nodes_are_missing, coordinator_cannot_run, coordinator_is_silent, first_step_is_late, step_is_late)
 
 
 def stalled(facts: StallFacts) -> Stall | None:
@@ -292,6 +305,14 @@ def stall_after_seconds(policy: RestartPolicy, median_step_seconds: float) -> fl
     if policy.stall_after == "auto":
         return max(60.0, 20.0 * median_step_seconds)
     return float(seconds(policy.stall_after))
+
+
+def _silence(facts: StallFacts) -> float:
+    return facts.now - max(facts.since, facts.coordinator_since, facts.progress.updated)
+
+
+def _silent_for_long(facts: StallFacts) -> bool:
+    return _silence(facts) > _startup(facts.policy)
 
 
 def _startup(policy: RestartPolicy) -> float:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from objects import cluster_job, documents, ended, file, pod, small_job, worker_job
 
-from sonoforge_operator.api import parse_job, parse_runtime
+from sonoforge_operator.api import Workers, parse_job, parse_runtime
 from sonoforge_operator.cluster.facts import Objects, facts
 from sonoforge_operator.cluster.freshness import STALE_SECONDS, Freshness
 from sonoforge_operator.cluster.handlers import Wiring
@@ -300,6 +300,46 @@ def test_cre_310_pods_that_cannot_be_scheduled_are_not_shown_as_running():
     assert stalled is not None
     assert (cluster.status.phase, stalled.reason) == ("Stalled", "Unschedulable")
     assert "0/3 nodes" in stalled.message
+
+
+def test_a_pod_that_starts_does_not_hide_one_that_cannot_be_scheduled():
+    cluster = Cluster(workers=Workers(min_nodes=3, max_nodes=3))
+    cluster.turn()
+    cluster.start()
+    creating = {"waiting": {"reason": "ContainerCreating"}}
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
+    cluster.pods[0] = pod("job-1", 0, uid="p0", phase="Pending", state=creating)
+    cluster.pods[2] = pod("job-1", 2, uid="p2", phase="Pending", state={}, conditions=[condition])
+    cluster.turn()
+    stalled, scheduled = cluster.status.condition("Stalled"), cluster.status.condition("Scheduled")
+    assert stalled is not None
+    assert scheduled is not None
+    assert (cluster.status.phase, stalled.reason, scheduled.reason) == ("Stalled", "Unschedulable", "Unschedulable")
+
+
+def test_a_coordinator_whose_image_cannot_be_pulled_is_told_at_once_and_later_where_the_run_steps():
+    pull = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
+    stuck = pod("deploy", uid="c", phase="Pending", state=pull, part="coordinator")
+    cluster = Cluster()
+    cluster.turn()
+    cluster.start()
+    cluster.pods.append(stuck)
+    cluster.progress = None
+    cluster.turn()
+    stalled = cluster.status.condition("Stalled")
+    assert stalled is not None
+    assert (cluster.status.phase, stalled.reason) == ("Stalled", "ImagePull")
+    assert stalled.message == "the coordinator does not run: no such image"
+    cluster = Cluster()
+    cluster.training()
+    cluster.pods.append(stuck)
+    cluster.progress = None
+    cluster.turn()
+    assert cluster.status.phase == "Running"
+    cluster.turn(1900)
+    stalled = cluster.status.condition("Stalled")
+    assert stalled is not None
+    assert (cluster.status.phase, stalled.reason, cluster.status.attempt) == ("Stalled", "ImagePull", 1)
 
 
 def test_pods_that_start_are_pending_and_stalled_only_after_the_deadline():
