@@ -47,6 +47,8 @@ _DATA_RESTARTS, _MEMORY_RESTARTS, _NOT_FINITE_RESTARTS = 3, 1, 1
 _CHECKPOINT_PATIENCE_SECONDS = 3900.0
 """The trainer itself gives a checkpoint up after an hour."""
 _MOST_LOST = 20
+_PASSES_BY_ITSELF = ("", "WaitingForQueue", "Unschedulable")
+"""What a process may wait for however long it takes, with nobody's help; empty where it runs."""
 _QUICK_RESTARTS, _LONGEST_BACKOFF_SECONDS = 3, 300.0
 
 
@@ -82,6 +84,18 @@ def classify(fact: ChildFact) -> Failure:
 
 
 # --- when a small process is given up ---------------------------------------------------------------------------------
+
+
+def end_of(fact: ChildFact, now: float, patience: float) -> Failure | None:
+    """How a small process ended, or None. One that does not start in time failed, unless it waits for a free place.
+
+    `patience` in seconds.
+    """
+    if not fact.running:
+        return classify(fact)
+    if fact.waiting in _PASSES_BY_ITSELF or now - fact.started <= patience:
+        return None
+    return Failure("application", f"{fact.waiting}: {fact.waiting_message or 'it never started'}")
 
 
 def tried(before: Tries, failure: Failure, retries: int) -> tuple[Tries, bool]:

@@ -54,14 +54,14 @@ def score_checkpoints(at: Turn) -> Turn:
         evaluations = []
         for evaluation in checkpoint.evaluations:
             fact = at.observed.children.get(evaluation_name(evaluation))
-            after = _advance(evaluation, fact, policy.retries, prefix=f"{evaluation.name}-")
+            after = _advance(evaluation, fact, at, prefix=f"{evaluation.name}-")
             evaluations.append(after)
             events += _told(f"{checkpoint.ref.id}, {after.name}", evaluation, after, policy.best_by)
         checkpoints.append(checkpoint.model_copy(update={"evaluations": tuple(evaluations)}))
     floors = []
     for floor in at.status.floors:
         prefix = f"{floor.baseline}:{floor.name}-" if floor.baseline else ""
-        after = _advance(floor, at.observed.children.get(floor_name(floor)), policy.retries, prefix=prefix)
+        after = _advance(floor, at.observed.children.get(floor_name(floor)), at, prefix=prefix)
         floors.append(after)
         who = f"baseline {after.baseline}, {after.name}" if after.baseline else f"floors of {after.name}"
         events += _told(who, floor, after, None)
@@ -169,11 +169,13 @@ def _started(evaluations: tuple[EvaluationStatus, ...], free: int) -> tuple[Eval
     return tuple(found)
 
 
-def _advance(evaluation: EvaluationStatus, fact: ChildFact | None, retries: int, *, prefix: str) -> EvaluationStatus:
+def _advance(evaluation: EvaluationStatus, fact: ChildFact | None, at: Turn, *, prefix: str) -> EvaluationStatus:
     """An evaluation after what its process did. One that waits again gets a new name."""
-    if evaluation.phase != "Running" or fact is None or fact.running:
+    # While the run trains, what cannot start holds nothing up, and somebody may put it right.
+    patience = at.startup_deadline if at.status.outcome else float("inf")
+    failure = rules.end_of(fact, at.now, patience) if fact else None
+    if evaluation.phase != "Running" or fact is None or failure is None:
         return evaluation
-    failure = rules.classify(fact)
     said = fact.termination
     if fact.exit_code in (0, None) and said and said.result is not None:
         try:
@@ -182,7 +184,7 @@ def _advance(evaluation: EvaluationStatus, fact: ChildFact | None, retries: int,
         except ContractError:
             failure = rules.Failure("application", "its scores cannot be read")
     before = Tries(failures=evaluation.failures, lost=evaluation.lost)
-    tries, again = rules.tried(before, failure, retries)
+    tries, again = rules.tried(before, failure, at.spec.evaluation.retries)
     counted = evaluation.model_copy(update={"failures": tries.failures, "lost": tries.lost})
     if again:
         return counted.model_copy(update={"phase": "Pending"})

@@ -198,6 +198,91 @@ def test_scores_that_cannot_be_read_fail_the_evaluation_and_not_the_runner(resul
     assert (evaluation.phase, evaluation.reason) == ("Failed", "its scores cannot be read")
 
 
+def cannot_start(world: World, prefix: str, waiting: str, message: str = "") -> None:
+    """The running children with this prefix do not start, since they were made."""
+    for name in world.running(prefix):
+        world.children[name] = replace(world.children[name], waiting=waiting, waiting_message=message)
+
+
+def over(world: World) -> World:
+    """Training has ended, and its last checkpoint waits for its scores."""
+    world.turn()
+    world.report(100, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    world.turn()
+    assert world.status.outcome is not None
+    return world
+
+
+def test_an_evaluation_that_can_never_start_says_why_and_does_not_hold_the_job_for_ever():
+    world = over(World())
+    tries = []
+    for _ in range(2):
+        cannot_start(world, "eval-", "ImagePull", "no such image")
+        world.turn()
+        evaluating = world.status.condition("Evaluating")
+        assert (world.status.phase, evaluating.status, evaluating.reason) == ("Evaluating", "True", "ImagePull")
+        assert evaluating.message.endswith("no such image")
+        tries += world.running("eval-")
+        world.turn(1801.0)
+        world.turn()
+    assert len(set(tries)) == 2
+    evaluation = world.status.checkpoints[0].evaluations[0]
+    assert (evaluation.phase, evaluation.reason) == ("Failed", "ImagePull: no such image")
+    assert ended(world).status.phase == "Succeeded"
+
+
+@pytest.mark.parametrize("waiting", ["Unschedulable", "WaitingForQueue"])
+def test_an_evaluation_that_waits_for_a_free_place_waits_as_long_as_it_takes_and_says_so(waiting):
+    world = over(World())
+    cannot_start(world, "eval-", waiting)
+    world.turn(100 * HOURS)
+    evaluation = world.status.checkpoints[0].evaluations[0]
+    assert (evaluation.phase, evaluation.failures) == ("Running", 0)
+    assert world.status.condition("Evaluating").reason == waiting
+
+
+def test_an_evaluation_that_cannot_start_while_the_run_trains_is_left_for_somebody_to_put_right():
+    world = running_world()
+    cannot_start(world, "eval-", "ImagePull", "no such image")
+    world.report(20, 10)
+    world.turn(5 * HOURS)
+    evaluation = world.status.checkpoints[0].evaluations[0]
+    assert (evaluation.phase, evaluation.failures) == ("Running", 0)
+    assert world.status.condition("Evaluating").reason == "ImagePull"
+
+
+@pytest.mark.parametrize("waiting", ["ImagePull", "Starting"])
+def test_a_listing_that_can_never_start_is_given_up_and_told(waiting):
+    world = World()
+    world._answer_listings = lambda: None
+    over(world)
+    world.end("eval-", 0, said_scores(0.5))
+    for _ in range(3):
+        world.turn()
+        assert world.status.phase == "Evaluating"
+        cannot_start(world, "inventory-", waiting, "no such image")
+        world.turn()
+        reason = world.status.condition("Evaluating").reason
+        assert reason == ("UpToDate" if waiting == "Starting" else waiting)
+        world.turn(1801.0)
+    assert "InventoryFailed" in world.events
+    world.turn()
+    assert world.status.phase == "Succeeded"
+
+
+def test_retention_that_can_never_start_is_given_up_and_told():
+    world = retained()
+    for _ in range(3):
+        cannot_start(world, "retention-", "ContainerConfig", "no such secret")
+        world.report(21, 10, 20)
+        world.turn()
+        world.report(22, 10, 20)
+        world.turn(1801.0)
+    assert "RetentionFailed" in world.events
+
+
 def test_a_score_to_be_best_by_that_no_evaluation_gives_is_told():
     world = running_world()
     world.end("eval-", 0, Termination(cause="done", result={"knn/accuracy": {"value": 0.5}}))

@@ -161,6 +161,11 @@ def test_an_evaluation_whose_pod_is_gone_ended_as_its_job_says():
     assert facts(Objects(jobs=(small_job("eval-a-000"),)), JobStatus(), T0)["eval-a-000"].running
 
 
+def test_an_evaluation_that_its_queue_holds_back_waits_for_it():
+    held = small_job("eval-a-000") | {"spec": {"suspend": True}}
+    assert facts(Objects(jobs=(held,)), JobStatus(), T0)["eval-a-000"].waiting == "WaitingForQueue"
+
+
 @pytest.mark.parametrize(
     "labels",
     [

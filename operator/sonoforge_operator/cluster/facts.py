@@ -146,7 +146,12 @@ def _small(job: Document, pods: list[Document], now: float) -> ChildFact:
     created = unix_seconds(_text(job, "metadata", "creationTimestamp"))
     if ended and not found:
         return ChildFact(name, running=False, exit_code=0 if _condition(job, "Complete") else None, started=created)
-    return found[-1] if found else ChildFact(name, running=True, waiting="Starting", started=created)
+    if found:
+        return found[-1]
+    if _mapping(job.get("spec")).get("suspend") is True:
+        message = "the queue has not admitted it"
+        return ChildFact(name, running=True, waiting="WaitingForQueue", waiting_message=message, started=created)
+    return ChildFact(name, running=True, waiting="Starting", started=created)
 
 
 def _coordinator(deployment: Document, pods: list[Document], name: str, now: float) -> ChildFact:
