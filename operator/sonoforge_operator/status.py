@@ -18,6 +18,18 @@ from sonoforge_trainer.contract import (
 
 Phase = Literal["Invalid", "Pending", "Queued", "Running", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
 EvaluationPhase = Literal["Invalid", "Pending", "Running", "Succeeded", "Failed"]
+ConditionType = Literal[
+    "Accepted",
+    "Queued",
+    "Scheduled",
+    "Rendezvoused",
+    "Training",
+    "Stalled",
+    "Evaluating",
+    "Suspended",
+    "Succeeded",
+    "Failed",
+]
 RestartCause = Literal[
     "infrastructure",
     "hardware",
@@ -35,18 +47,7 @@ RestartCause = Literal[
 class Condition(Part):
     """One fact about the job, always present."""
 
-    type: Literal[
-        "Accepted",
-        "Queued",
-        "Scheduled",
-        "Rendezvoused",
-        "Training",
-        "Stalled",
-        "Evaluating",
-        "Suspended",
-        "Succeeded",
-        "Failed",
-    ]
+    type: ConditionType
     """What it is about."""
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""
