@@ -46,6 +46,25 @@ def test_a_job_that_is_refused_while_it_runs_is_not_shown_as_running():
     assert again == document
 
 
+def test_a_rate_and_the_time_left_are_told_only_while_the_run_trains():
+    """Silent, it has none; stalled, it has none either."""
+    said = Progress(samples_per_second=50.0, **TRAINING)
+    document = running(said, T0)
+    assert (document["phase"], document["throughputText"], document["eta"]) == ("Running", "50.0/s", "0m32s")
+    silent = running(said, T0 + 3600)
+    assert (silent["phase"], silent["reason"]) == ("Stalled", "Unreachable")
+    stalled = running(said, T0 + 3600, answers=said)
+    assert (stalled["phase"], stalled["reason"]) == ("Stalled", "Collective")
+    for found in (silent, stalled):
+        assert (found["throughput"], found["throughputText"], found["eta"]) == (0.0, "", "")
+        assert found["step"] == 50
+
+
+def test_the_queue_of_a_job_is_told_also_where_its_runtime_gives_it():
+    assert cluster_job().file.job.spec.queue_name == ""
+    assert running(Progress(**TRAINING), T0)["queue"] == "research"
+
+
 TRAINING = {
     "attempt": "a",
     "activity": Activity.TRAINING,
@@ -62,7 +81,8 @@ TRAINING = {
 def running(progress: Progress, later: float, answers: Progress | None = None) -> dict:
     """The document of a job with all its nodes, some time after it told its progress."""
     job = cluster_job()
-    nodes = {n: ChildFact(n, running=True, started=T0 - 60) for n in (f"worker-001-{i:04d}-000" for i in range(3))}
+    names = ("coordinator-000", *(f"worker-001-{index:04d}-000" for index in range(3)))
+    nodes = {name: ChildFact(name, running=True, started=T0 - 60) for name in names}
     started = JobStatus(started=T0 - 60, attempt_started=T0 - 60)
     status = plan(job.file, Observed(started, nodes, progress), T0 + 2).status
     observed = Observed(status, nodes, progress if later == T0 else answers)

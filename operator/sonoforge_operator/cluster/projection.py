@@ -11,6 +11,7 @@ from sonoforge_operator.children import worker_facts
 from sonoforge_operator.cluster.desired import ClusterJob
 from sonoforge_operator.cluster.names import LABEL_PART, LABEL_UID
 from sonoforge_operator.cluster.record import remember
+from sonoforge_operator.limits import queue_of
 from sonoforge_operator.observed import Observed
 from sonoforge_operator.resources import (
     BestCheckpoint,
@@ -43,7 +44,9 @@ def job_document(job: ClusterJob, status: JobStatus, observed: Observed) -> Docu
     steps = spec.training.recipe.steps
     step = progress.step if progress else 0
     share = 100.0 * step / steps if steps else 0.0
-    rate = progress.samples_per_second if progress and status.outcome is None and ready else 0.0
+    training = status.condition("Training")
+    # What was last said of a run that stands still or is silent is no rate of the present.
+    rate = progress.samples_per_second if progress and training and training.status == "True" else 0.0
     newest = max(status.sound, key=lambda c: c.ref.step, default=None)
     best = next((c for c in status.checkpoints if c.best), None)
     head = _headline(status)
@@ -55,6 +58,7 @@ def job_document(job: ClusterJob, status: JobStatus, observed: Observed) -> Docu
         conditions=tuple(_condition(c, job.generation) for c in status.conditions),
         nodes=NodeCounts(ready=ready, max=wanted),
         nodes_text=f"{ready}/{wanted}",
+        queue=queue_of(file.job, job.runtime),
         selector=f"{LABEL_UID}={names.uid},{LABEL_PART}=worker",
         step=step,
         steps=steps,
