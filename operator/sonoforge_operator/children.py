@@ -34,7 +34,9 @@ def wanted_children(job: JobFile, status: JobStatus, observed: Observed, now: fl
     if status.pruning:
         yield Child(retention_name(status), "retention", prune=status.pruning)
     if inventory_wanted(status, observed):
-        yield Child(inventory_name(status), "inventory", from_step=max(0, status.durable_step))
+        # What was pruned is not listed, so naming what is left says all that is known, however long the run was.
+        known = tuple(c.ref.id for c in status.checkpoints if not c.pruned)
+        yield Child(inventory_name(status), "inventory", known=known)
 
 
 def _floor_request(job: JobFile, status: JobStatus, floor: EvaluationStatus) -> EvaluationRequest:
@@ -136,6 +138,12 @@ def worker_facts(job: JobFile, status: JobStatus, observed: Observed) -> list[tu
     """The current process of each node, where it was started."""
     names = [(i, worker_name(status.attempt, i, d)) for i, d in enumerate(node_deaths(status, job))]
     return [(i, observed.children[name]) for i, name in names if name in observed.children]
+
+
+def held_up(facts: Iterable[ChildFact]) -> ChildFact | None:
+    """The first of these that waits: what may wait for ever is told before what only starts."""
+    waiting = [fact for fact in facts if fact.waiting]
+    return min(waiting, key=lambda fact: fact.waiting == "Starting", default=None)
 
 
 def newest_start(job: JobFile, status: JobStatus, observed: Observed) -> float:

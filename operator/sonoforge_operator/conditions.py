@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from sonoforge_operator.api import JobFile
-from sonoforge_operator.children import newest_start
+from sonoforge_operator.children import (
+    evaluation_name,
+    floor_name,
+    held_up,
+    inventory_name,
+    inventory_wanted,
+    newest_start,
+    retention_name,
+)
 from sonoforge_operator.observed import ChildFact, Observed
 from sonoforge_operator.rules import Stall
 from sonoforge_operator.status import Condition, JobStatus, Outcome, Phase
@@ -21,8 +29,6 @@ def conditions(
     running = sum(f.works for f in workers)
     waiting_for_queue = any(f.waiting == "WaitingForQueue" for f in workers)
     outcome = status.outcome
-    waiting = [e for c in status.checkpoints for e in c.evaluations if not e.ended]
-    waiting += [f for f in status.floors if not f.ended and status.checkpoints]
     suspended = job.job.spec.suspend and not any(f.running for f in workers) and outcome is None
     facts: list[_Fact] = [
         ("Accepted", True, "Valid", "the job can run"),
@@ -31,7 +37,7 @@ def conditions(
         _rendezvoused(observed.progress, running),
         _training(job, status, observed, stall, now) if running and outcome is None else _not_training(outcome),
         ("Stalled", stall is not None, stall.reason if stall else "Stepping", stall.message if stall else ""),
-        ("Evaluating", bool(waiting), "Backlog" if waiting else "UpToDate", f"{len(waiting)} evaluations to do"),
+        _evaluating(status, observed),
         ("Suspended", suspended, "Asked" if suspended else "NotAsked", ""),
         _end("Succeeded", status, "NotYet"),
         _end("Failed", status, "NoFailure"),
@@ -77,7 +83,7 @@ def _scheduled(job: JobFile, workers: list[ChildFact], outcome: Outcome | None) 
         return "Scheduled", True, "Running", message
     if outcome is not None:
         return "Scheduled", False, "Over", f"{working} nodes run, none is wanted any more"
-    waiting = next((f for f in workers if f.waiting), None)
+    waiting = held_up(workers)
     if waiting:
         return "Scheduled", False, waiting.waiting, f"{message}: {waiting.waiting_message}".rstrip(": ")
     return "Scheduled", False, "Starting" if workers else "NoWorkers", message
@@ -106,6 +112,21 @@ def _training(job: JobFile, status: JobStatus, observed: Observed, stall: Stall 
     if silent and now - known.updated > _NEWS_SECONDS:
         return "Training", None, "Unreachable", f"last known: {message}"
     return "Training", True, str(known.activity), message
+
+
+def _evaluating(status: JobStatus, observed: Observed) -> _Fact:
+    """What is left to score; where it cannot go on, or what else a job waits for at its end, why."""
+    evaluations = [e for c in status.checkpoints for e in c.evaluations if not e.ended]
+    floors = [f for f in status.floors if not f.ended] if status.checkpoints else []
+    left = len(evaluations) + len(floors)
+    message = f"{left} evaluations to do"
+    names = [*map(evaluation_name, evaluations), *map(floor_name, floors)]
+    names += [retention_name(status)] if status.pruning else []
+    names += [inventory_name(status)] if inventory_wanted(status, observed) else []
+    held = held_up(observed.children[name] for name in names if name in observed.children)
+    if held and held.waiting != "Starting":
+        return "Evaluating", bool(left), held.waiting, f"{message}; {held.name}: {held.waiting_message}".rstrip(": ")
+    return "Evaluating", bool(left), "Backlog" if left else "UpToDate", message
 
 
 def _not_training(outcome: Outcome | None) -> _Fact:

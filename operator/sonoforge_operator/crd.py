@@ -157,7 +157,7 @@ RESOURCES = (
             Column("BEST", ".status.bestText"),
             Column("RESTARTS", ".status.restartsTotal", "integer"),
             _AGE,
-            Column("QUEUE", ".spec.queueName", wide=True),
+            Column("QUEUE", ".status.queue", wide=True),
             Column("LOSS", ".status.lossText", wide=True),
             Column("THROUGHPUT", ".status.throughputText", wide=True),
             Column("REASON", ".status.reason", wide=True),

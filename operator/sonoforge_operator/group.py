@@ -7,6 +7,7 @@ from sonoforge_operator.api import seconds
 from sonoforge_operator.children import (
     coordinator_name,
     coordinator_wanted,
+    held_up,
     last_checkpoint_is_known,
     newest_start,
     node_deaths,
@@ -89,7 +90,7 @@ def watch_for_stalls(at: Turn) -> Turn:
         return at
     coordinator = at.observed.children.get(coordinator_name(at.status))
     workers = worker_facts(at.job, at.status, at.observed)
-    waiting = next((f for _, f in workers if f.waiting), None)
+    waiting = held_up(f for _, f in workers)
     facts = rules.StallFacts(
         progress=at.status.progress or Progress(),
         answered=at.observed.progress is not None,
@@ -101,6 +102,8 @@ def watch_for_stalls(at: Turn) -> Turn:
         now=at.now,
         waiting=waiting.waiting if waiting else "",
         waiting_message=waiting.waiting_message if waiting else "",
+        coordinator_waiting=coordinator.waiting if coordinator else "",
+        coordinator_message=coordinator.waiting_message if coordinator else "",
     )
     found = rules.stalled(facts)
     if found is None:
@@ -115,6 +118,7 @@ def _next_attempt(at: Turn, backoff: Backoff | None = None) -> Turn:
         attempt=at.status.attempt + 1,
         worker_deaths=(),
         worker_lost=(),
+        worker_lost_created=(),
         worker_seen=(),
         attempt_started=at.now,
         replaced=at.now,
@@ -145,11 +149,12 @@ def _count_unseen(at: Turn, facts: list[tuple[int, ChildFact]]) -> Turn:
 def _replace(at: Turn, lost: list[tuple[int, ChildFact]]) -> Turn:
     deaths = list(node_deaths(at.status, at.job))
     identities = list((at.status.worker_lost + ("",) * len(deaths))[: len(deaths)])
+    created = list((at.status.worker_lost_created + (0.0,) * len(deaths))[: len(deaths)])
     restarts = dict(at.status.restarts)
     events = []
     for index, fact in lost:
         deaths[index] += 1
-        identities[index] = fact.identity
+        identities[index], created[index] = fact.identity, fact.created
         restarts["infrastructure"] = restarts.get("infrastructure", 0) + 1
         events.append(Event("WorkerReplaced", f"node {index} was lost; a new one is started", warning=True))
     requests = (Request(kind="lost", node=str(index), id=fact.name) for index, fact in lost)
@@ -157,6 +162,7 @@ def _replace(at: Turn, lost: list[tuple[int, ChildFact]]) -> Turn:
         *events,
         worker_deaths=tuple(deaths),
         worker_lost=tuple(identities),
+        worker_lost_created=tuple(created),
         restarts=restarts,
         replaced=at.now,
         node_backoff=_node_backoff(at),
@@ -172,9 +178,7 @@ def _restart(at: Turn, failure: rules.Failure) -> Turn:
     applications = [t for t in at.status.application_failures if t > window]
     if failure.cause == "application":
         applications.append(at.now)
-    # A group that lost its nodes did nothing wrong; every other restart has to bring the run forward.
-    innocent = failure.cause in ("collective", "hardware")
-    stuck = 1 if moved else at.status.restarts_without_progress + (not innocent)
+    stuck = (0 if moved else at.status.restarts_without_progress) + (failure.cause not in rules.INNOCENT)
     counted = at.update(
         restarts=_raised(at.status, failure.cause),
         application_failures=tuple(applications),

@@ -297,7 +297,8 @@ class LocalPort:
                 deletes = [f"--delete={id_}" for id_ in child.prune]
                 return [*python, "checkpoints", "prune", self._config.checkpoints.uri, *deletes]
             case "inventory":
-                return [*python, "checkpoints", "list", self._config.checkpoints.uri, f"--from-step={child.from_step}"]
+                known = [f"--known={id_}" for id_ in child.known]
+                return [*python, "checkpoints", "list", self._config.checkpoints.uri, *known]
 
     def _environment(self, child: Child) -> dict[str, str]:
         environment = {ENV_HASH_KEY_FILE: str(self.folder / "hash.key")}

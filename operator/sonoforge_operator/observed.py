@@ -29,8 +29,8 @@ class Child:
     baseline."""
     prune: tuple[str, ...] = ()
     """Ids of the checkpoints to delete, for retention."""
-    from_step: int = 0
-    """First step to list, for an inventory."""
+    known: tuple[str, ...] = ()
+    """Ids of the checkpoints that an inventory leaves out, because they are known."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class ChildFact:
     """The machine it is or was on."""
     identity: str = ""
     """What tells it from another one of the same name, where names can be used again."""
+    created: float = 0.0
+    """Unix time of its creation, where it has an identity."""
 
     @property
     def works(self) -> bool:

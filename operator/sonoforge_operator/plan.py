@@ -19,7 +19,7 @@ from sonoforge_operator.children import (
 from sonoforge_operator.conditions import conditions, phase
 from sonoforge_operator.group import count_coordinator, count_workers, resize, suspend, watch_for_stalls
 from sonoforge_operator.observed import Event, Observed, Plan
-from sonoforge_operator.scoring import choose_best, follow_suite, score_checkpoints
+from sonoforge_operator.scoring import choose_best, follow_suite, score_checkpoints, settled_scores
 from sonoforge_operator.status import JobStatus, Outcome
 from sonoforge_operator.turn import Turn
 from sonoforge_operator.upkeep import add_checkpoints, retire_checkpoints, take_inventory
@@ -105,7 +105,7 @@ def _decide_outcome(at: Turn) -> Turn:
         message = f"{at.spec.training.recipe.steps} steps done"
         outcome = Outcome(result="Succeeded", reason="BudgetSpent", message=message)
         return at.update(Event("Trained", message), outcome=outcome)
-    scores = [c.compared(policy.best_by) for c in at.status.checkpoints] if policy.best_by else []
+    scores = settled_scores(at.status, policy.best_by) if policy.best_by else []
     if rules.no_gain(scores, policy.stop_after_no_gain, highest=policy.best_is == "highest"):
         assert policy.best_by is not None, "there are no scores without one"
         name = selection_score(policy.best_by)

@@ -123,6 +123,8 @@ class PretrainJobStatus(Part):
     """Nodes."""
     nodes_text: str = ""
     """Nodes as READY/MAX."""
+    queue: str = ""
+    """Queue that its pods go through: its own, or else its runtime's."""
     selector: str = ""
     """Label selector of the worker pods, for the scale subresource."""
     step: int = 0

@@ -34,12 +34,21 @@ _BY_REASON: dict[str, End] = {
     "Preempting": "infrastructure",
     "NodeAffinity": "infrastructure",
     "DeadlineExceeded": "infrastructure",
+    # The node came back without the container, as after a reboot.
+    "ContainerStatusUnknown": "infrastructure",
+    "Unknown": "infrastructure",
 }
 """Reasons that the kubelet gives for the end of a container or a pod."""
+_KILLED = 137
+"""Exit code of a process that SIGKILL ended, as containers have it: where nobody says why, it came from outside."""
+INNOCENT: tuple[End, ...] = ("collective", "hardware")
+"""A group that lost its nodes did nothing wrong; every other restart has to bring the run forward."""
 _DATA_RESTARTS, _MEMORY_RESTARTS, _NOT_FINITE_RESTARTS = 3, 1, 1
 _CHECKPOINT_PATIENCE_SECONDS = 3900.0
 """The trainer itself gives a checkpoint up after an hour."""
 _MOST_LOST = 20
+_PASSES_BY_ITSELF = ("", "WaitingForQueue", "Unschedulable")
+"""What a process may wait for however long it takes, with nobody's help; empty where it runs."""
 _QUICK_RESTARTS, _LONGEST_BACKOFF_SECONDS = 3, 300.0
 
 
@@ -56,7 +65,7 @@ class Failure:
 def classify(fact: ChildFact) -> Failure:
     """The class of a worker's end: what the platform knows, then what it said, then its exit code.
 
-    137 alone never decides.
+    137 alone says no more than that the process was killed.
     """
     said = fact.termination
     cause = said.cause if said else None
@@ -69,12 +78,24 @@ def classify(fact: ChildFact) -> Failure:
     if said and cause and cause != "terminated":
         where = f" at step {said.step}" if said.step is not None else ""
         return Failure(cause, f"{said.exception or cause}{where}: {said.message}".rstrip(": "))
-    if fact.exit_code is None or fact.exit_code < 0 or (said and fact.exit_code != 0):
+    if fact.exit_code in (None, _KILLED) or fact.exit_code < 0 or (said and fact.exit_code != 0):
         return Failure("infrastructure", "the process was killed" if fact.exit_code != ExitCode.TERMINATED else "")
     return Failure(_BY_CODE.get(fact.exit_code, "application"), f"exit code {fact.exit_code}")
 
 
 # --- when a small process is given up ---------------------------------------------------------------------------------
+
+
+def end_of(fact: ChildFact, now: float, patience: float) -> Failure | None:
+    """How a small process ended, or None. One that does not start in time failed, unless it waits for a free place.
+
+    `patience` in seconds.
+    """
+    if not fact.running:
+        return classify(fact)
+    if fact.waiting in _PASSES_BY_ITSELF or now - fact.started <= patience:
+        return None
+    return Failure("application", f"{fact.waiting}: {fact.waiting_message or 'it never started'}")
 
 
 def tried(before: Tries, failure: Failure, retries: int) -> tuple[Tries, bool]:
@@ -142,6 +163,8 @@ def data_is_damaged(facts: GiveUpFacts) -> Outcome | None:
 def nothing_moves(facts: GiveUpFacts) -> Outcome | None:
     """Restarts do not bring the run forward."""
     limit = facts.policy.no_progress.max
+    if facts.failure.cause in INNOCENT:
+        return None
     if facts.status.restarts_without_progress >= limit:
         return Outcome(
             result="Failed",
@@ -205,6 +228,11 @@ class StallFacts:
     waiting: str = ""
     """Why nodes that are needed do not run yet, in one word."""
     waiting_message: str = ""
+    """The same in a sentence."""
+    coordinator_waiting: str = ""
+    """Why the coordinator does not run yet, in one word."""
+    coordinator_message: str = ""
+    """The same in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +240,8 @@ class Stall:
     """A run that does not step."""
 
     reason: str
-    """Rendezvous, Unreachable, Checkpointing, Collective or DataStarved, or what keeps nodes from running:
-    Unschedulable, ImagePull, WaitingForQueue, ContainerConfig, Starting."""
+    """Rendezvous, Unreachable, Checkpointing, Collective or DataStarved, or what keeps nodes or the coordinator from
+    running: Unschedulable, ImagePull, WaitingForQueue, ContainerConfig, Starting."""
     message: str
     """One sentence."""
     restart: bool
@@ -230,11 +258,19 @@ def nodes_are_missing(facts: StallFacts) -> Stall | None:
     return None
 
 
+def coordinator_cannot_run(facts: StallFacts) -> Stall | None:
+    """Nobody can answer, and it is known why. A group that steps goes on without it for a while."""
+    stepped = facts.progress.step_time > facts.since
+    if facts.answered or facts.coordinator_waiting in ("", "Starting") or (stepped and not _silent_for_long(facts)):
+        return None
+    message = f"the coordinator does not run: {facts.coordinator_message}".rstrip(": ")
+    return Stall(facts.coordinator_waiting, message, restart=False)
+
+
 def coordinator_is_silent(facts: StallFacts) -> Stall | None:
     """Nothing is known, so nothing is done to the workers."""
-    waited = facts.now - max(facts.since, facts.coordinator_since, facts.progress.updated)
-    if not facts.answered and waited > _startup(facts.policy):
-        return Stall("Unreachable", f"the coordinator does not answer for {waited:.0f} s", restart=False)
+    if not facts.answered and _silent_for_long(facts):
+        return Stall("Unreachable", f"the coordinator does not answer for {_silence(facts):.0f} s", restart=False)
     return None
 
 
@@ -270,7 +306,7 @@ def step_is_late(facts: StallFacts) -> Stall | None:
     return Stall("DataStarved" if progress.data_wait > 0.9 else "Collective", message, restart=True)
 
 
-STALLED = (nodes_are_missing, coordinator_is_silent, first_step_is_late, step_is_late)
+STALLED = (nodes_are_missing, coordinator_cannot_run, coordinator_is_silent, first_step_is_late, step_is_late)
 
 
 def stalled(facts: StallFacts) -> Stall | None:
@@ -285,6 +321,14 @@ def stall_after_seconds(policy: RestartPolicy, median_step_seconds: float) -> fl
     return float(seconds(policy.stall_after))
 
 
+def _silence(facts: StallFacts) -> float:
+    return facts.now - max(facts.since, facts.coordinator_since, facts.progress.updated)
+
+
+def _silent_for_long(facts: StallFacts) -> bool:
+    return _silence(facts) > _startup(facts.policy)
+
+
 def _startup(policy: RestartPolicy) -> float:
     return float(seconds(policy.startup_deadline))
 
@@ -293,7 +337,7 @@ def _startup(policy: RestartPolicy) -> float:
 
 
 def no_gain(scores: Sequence[float | None], patience: int | None, *, highest: bool) -> bool:
-    """Whether the last `patience` scored checkpoints in a row brought no better score. Unscored ones wait."""
+    """Whether the last `patience` scored checkpoints in a row brought no better score. None does not count."""
     if not patience:
         return False
     best: float | None = None

@@ -8,7 +8,7 @@ from sonoforge_operator import rules
 from sonoforge_operator.api import JobFile
 from sonoforge_operator.children import evaluation_name, floor_name
 from sonoforge_operator.observed import ChildFact, Event
-from sonoforge_operator.status import CheckpointStatus, EvaluationStatus, Tries, requests_of
+from sonoforge_operator.status import CheckpointStatus, EvaluationStatus, JobStatus, Tries, requests_of
 from sonoforge_operator.turn import Turn
 from sonoforge_trainer.contract import (
     CheckpointRef,
@@ -33,15 +33,16 @@ def checkpoint_status(ref: CheckpointRef, job: JobFile) -> CheckpointStatus:
 def follow_suite(at: Turn) -> Turn:
     """Give every checkpoint the evaluations that the job asks for now. What was scored before is kept."""
     suite = _suite_digest(at.job)
-    if at.status.suite == suite:
+    fresh = [EvaluationStatus(name=e.name, id=e.digest().removeprefix("sha256:")[:16]) for e in _with_floors(at.job)]
+    fresh += _of_baselines(at.job)
+    # Compared each time: what is remembered may have been edited, and a floor that nobody asks for has no request.
+    if at.status.suite == suite and [_asked(f) for f in at.status.floors] == [_asked(f) for f in fresh]:
         return at
     checkpoints = tuple(
         c.model_copy(update={"evaluations": tuple(_evaluations_of(c, at.job))}) for c in at.status.checkpoints
     )
-    known = {f.id: f for f in at.status.floors}
-    fresh = [EvaluationStatus(name=e.name, id=e.digest().removeprefix("sha256:")[:16]) for e in _with_floors(at.job)]
-    fresh += _of_baselines(at.job)
-    return at.update(suite=suite, checkpoints=checkpoints, floors=tuple(known.get(f.id, f) for f in fresh))
+    known = {_asked(f): f for f in at.status.floors}
+    return at.update(suite=suite, checkpoints=checkpoints, floors=tuple(known.get(_asked(f), f) for f in fresh))
 
 
 def score_checkpoints(at: Turn) -> Turn:
@@ -53,17 +54,20 @@ def score_checkpoints(at: Turn) -> Turn:
         evaluations = []
         for evaluation in checkpoint.evaluations:
             fact = at.observed.children.get(evaluation_name(evaluation))
-            after = _advance(evaluation, fact, policy.retries, prefix=f"{evaluation.name}-")
+            after = _advance(evaluation, fact, at, prefix=f"{evaluation.name}-")
             evaluations.append(after)
             events += _told(f"{checkpoint.ref.id}, {after.name}", evaluation, after, policy.best_by)
         checkpoints.append(checkpoint.model_copy(update={"evaluations": tuple(evaluations)}))
     floors = []
     for floor in at.status.floors:
         prefix = f"{floor.baseline}:{floor.name}-" if floor.baseline else ""
-        after = _advance(floor, at.observed.children.get(floor_name(floor)), policy.retries, prefix=prefix)
+        after = _advance(floor, at.observed.children.get(floor_name(floor)), at, prefix=prefix)
         floors.append(after)
         who = f"baseline {after.baseline}, {after.name}" if after.baseline else f"floors of {after.name}"
         events += _told(who, floor, after, None)
+    if not checkpoints:
+        # A floor names a checkpoint in its request: where all were deleted, it waits for the next.
+        floors = [_waiting(floor) for floor in floors]
     running = sum(e.phase == "Running" for e in [*floors, *(e for c in checkpoints for e in c.evaluations)])
     for number, checkpoint in enumerate(checkpoints):
         started = _started(checkpoint.evaluations, policy.parallel - running)
@@ -77,10 +81,10 @@ def score_checkpoints(at: Turn) -> Turn:
 
 
 def choose_best(at: Turn) -> Turn:
-    """Name the checkpoint that is best on validation; of equal ones the oldest. Test scores are not looked at."""
+    """Name the sound checkpoint that is best on validation; of equal ones the oldest. Test scores are not looked at."""
     policy = at.spec.evaluation
     name = policy.best_by
-    scored = [(s, c) for c in at.status.checkpoints if name and (s := c.compared(name)) is not None]
+    scored = [(s, c) for c in at.status.sound if name and (s := c.compared(name)) is not None]
     if name is None or not scored:
         return _mark_best(at, None, None, None) if at.status.best else at
     sign = 1 if policy.best_is == "highest" else -1
@@ -93,6 +97,17 @@ def choose_best(at: Turn) -> Turn:
     if selection_score(name) != name and score is not None:
         told += f"; on test {score:.4f}"
     return _mark_best(at, best.ref.id, score, compared).update(Event("NewBest", told))
+
+
+def settled_scores(status: JobStatus, best_by: str) -> list[float | None]:
+    """What decides, by checkpoint, up to the first that may still get it; None where it never comes."""
+    scores: list[float | None] = []
+    for checkpoint in status.checkpoints:
+        score = checkpoint.compared(best_by)
+        if score is None and not checkpoint.evaluated:
+            break
+        scores.append(score)
+    return scores
 
 
 def _mark_best(at: Turn, best: str | None, score: float | None, compared: float | None) -> Turn:
@@ -134,6 +149,15 @@ def _of_baselines(job: JobFile) -> list[EvaluationStatus]:
     ]
 
 
+def _asked(floor: EvaluationStatus) -> tuple[str, str, str]:
+    """What tells floors and baselines apart."""
+    return floor.id, floor.name, floor.baseline
+
+
+def _waiting(floor: EvaluationStatus) -> EvaluationStatus:
+    return floor.model_copy(update={"phase": "Pending"}) if floor.phase == "Running" else floor
+
+
 def _started(evaluations: tuple[EvaluationStatus, ...], free: int) -> tuple[EvaluationStatus, ...]:
     """With as many of the waiting ones started as there are free places."""
     found = []
@@ -145,11 +169,13 @@ def _started(evaluations: tuple[EvaluationStatus, ...], free: int) -> tuple[Eval
     return tuple(found)
 
 
-def _advance(evaluation: EvaluationStatus, fact: ChildFact | None, retries: int, *, prefix: str) -> EvaluationStatus:
+def _advance(evaluation: EvaluationStatus, fact: ChildFact | None, at: Turn, *, prefix: str) -> EvaluationStatus:
     """An evaluation after what its process did. One that waits again gets a new name."""
-    if evaluation.phase != "Running" or fact is None or fact.running:
+    # While the run trains, what cannot start holds nothing up, and somebody may put it right.
+    patience = at.startup_deadline if at.status.outcome else float("inf")
+    failure = rules.end_of(fact, at.now, patience) if fact else None
+    if evaluation.phase != "Running" or fact is None or failure is None:
         return evaluation
-    failure = rules.classify(fact)
     said = fact.termination
     if fact.exit_code in (0, None) and said and said.result is not None:
         try:
@@ -158,7 +184,7 @@ def _advance(evaluation: EvaluationStatus, fact: ChildFact | None, retries: int,
         except ContractError:
             failure = rules.Failure("application", "its scores cannot be read")
     before = Tries(failures=evaluation.failures, lost=evaluation.lost)
-    tries, again = rules.tried(before, failure, retries)
+    tries, again = rules.tried(before, failure, at.spec.evaluation.retries)
     counted = evaluation.model_copy(update={"failures": tries.failures, "lost": tries.lost})
     if again:
         return counted.model_copy(update={"phase": "Pending"})

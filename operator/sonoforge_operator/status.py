@@ -18,6 +18,18 @@ from sonoforge_trainer.contract import (
 
 Phase = Literal["Invalid", "Pending", "Queued", "Running", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
 EvaluationPhase = Literal["Invalid", "Pending", "Running", "Succeeded", "Failed"]
+ConditionType = Literal[
+    "Accepted",
+    "Queued",
+    "Scheduled",
+    "Rendezvoused",
+    "Training",
+    "Stalled",
+    "Evaluating",
+    "Suspended",
+    "Succeeded",
+    "Failed",
+]
 RestartCause = Literal[
     "infrastructure",
     "hardware",
@@ -35,18 +47,7 @@ RestartCause = Literal[
 class Condition(Part):
     """One fact about the job, always present."""
 
-    type: Literal[
-        "Accepted",
-        "Queued",
-        "Scheduled",
-        "Rendezvoused",
-        "Training",
-        "Stalled",
-        "Evaluating",
-        "Suspended",
-        "Succeeded",
-        "Failed",
-    ]
+    type: ConditionType
     """What it is about."""
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""
@@ -196,6 +197,8 @@ class JobStatus(Part):
     """For each node, how often its process ended and was replaced in this attempt."""
     worker_lost: tuple[str, ...] = ()
     """For each node, the identity of its process that ended last and was counted."""
+    worker_lost_created: tuple[float, ...] = ()
+    """For each node, the Unix time of that one's creation: what is older was counted before it."""
     worker_seen: tuple[str, ...] = ()
     """For each node, the identity of its process that was seen last."""
     excluded: tuple[ExcludedNode, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sonoforge_operator.api import JobFile, PretrainJobSpec
+from sonoforge_operator.api import JobFile, PretrainJobSpec, seconds
 from sonoforge_operator.observed import Event, Observed
 from sonoforge_operator.rules import Stall
 from sonoforge_operator.status import JobStatus
@@ -34,6 +34,11 @@ class Turn:
     def spec(self) -> PretrainJobSpec:
         """What is wanted of the job itself."""
         return self.job.job.spec
+
+    @property
+    def startup_deadline(self) -> float:
+        """Seconds that a process has for its start."""
+        return float(seconds(self.spec.restart_policy.startup_deadline))
 
     def update(self, *events: Event, **changes: object) -> Turn:
         """With changes of the status, and what to tell about them."""

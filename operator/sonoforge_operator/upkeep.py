@@ -31,14 +31,15 @@ def add_checkpoints(at: Turn, refs: Iterable[CheckpointRef]) -> Turn:
 def take_inventory(at: Turn) -> Turn:
     """Add the checkpoints that storage holds and nobody lived to report, until a listing finds no more."""
     fact = at.observed.children.get(inventory_name(at.status))
-    if not inventory_wanted(at.status, at.observed) or fact is None or fact.running:
+    failure = rules.end_of(fact, at.now, at.startup_deadline) if fact else None
+    if not inventory_wanted(at.status, at.observed) or fact is None or failure is None:
         return at
     said = fact.termination
     refs = None
     if fact.exit_code in (0, None) and said and said.result is not None:
         refs = _refs(said.result)
     if refs is None:
-        tries, again = rules.tried(at.status.inventory, rules.classify(fact), _RETRIES)
+        tries, again = rules.tried(at.status.inventory, failure, _RETRIES)
         at = at.update(inventory=tries)
         message = "storage could not be listed; a checkpoint that nobody reported may be without scores"
         return at if again else at.update(Event("InventoryFailed", message, warning=True), listed=True)
@@ -58,7 +59,8 @@ def retire_checkpoints(at: Turn) -> Turn:
         begin = bool(prune) and prune != at.status.retention_left
         return at.update(pruning=prune) if begin else at
     fact = at.observed.children.get(retention_name(at.status))
-    if fact is None or fact.running:
+    failure = rules.end_of(fact, at.now, at.startup_deadline) if fact else None
+    if fact is None or failure is None:
         return at
     if fact.exit_code == 0:
         checkpoints = tuple(
@@ -66,7 +68,7 @@ def retire_checkpoints(at: Turn) -> Turn:
         )
         event = Event("CheckpointsDeleted", ", ".join(at.status.pruning))
         return at.update(event, checkpoints=checkpoints, pruning=(), retention=Tries(), retention_left=())
-    tries, again = rules.tried(at.status.retention, rules.classify(fact), _RETRIES)
+    tries, again = rules.tried(at.status.retention, failure, _RETRIES)
     if again:
         return at.update(retention=tries)
     message = f"{len(at.status.pruning)} old checkpoints could not be deleted and are left; see the log of {fact.name}"

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from sonoforge_trainer.checkpoint import CheckpointStore, DamagedCheckpointError, UnknownCheckpointError, prune
 from sonoforge_trainer.checkpoint_cli import command
-from sonoforge_trainer.contract import CheckpointRef
+from sonoforge_trainer.contract import ENV_TERMINATION_LOG, CheckpointRef, Termination
 from sonoforge_trainer.storage import Storage
 
 STATE = "state-00000-of-00001.safetensors"
@@ -195,6 +195,40 @@ def test_the_list_shows_every_state(folder):
     text = _invoke("list", folder.uri).stdout
     assert refs[4].id in text
     assert "320 images" in text
+
+
+def _answer(path, place, known, monkeypatch):
+    """What a listing says at its end, to somebody who knows these."""
+    for name, value in {**place.environment, ENV_TERMINATION_LOG: str(path)}.items():
+        monkeypatch.setenv(name, value)
+    done = _invoke("list", place.uri, *(f"--known={ref.id}" for ref in known))
+    assert done.exit_code == 0, done.stderr
+    said = Termination.from_json(path.read_text())
+    assert said.result is not None
+    shown = [line.split()[0] for line in done.stdout.splitlines() if "committed" in line]
+    return [CheckpointRef.parse(entry) for entry in said.result["checkpoints"]], shown
+
+
+def test_a_listing_answers_the_oldest_that_are_not_known_wherever_they_lie(place, tmp_path, monkeypatch):
+    refs = place.save(1, 2, 3)
+    found, shown = _answer(tmp_path / "said", place, [refs[0], refs[2]], monkeypatch)
+    assert (found, shown) == ([refs[1]], [refs[1].id])
+    assert _answer(tmp_path / "said", place, refs, monkeypatch) == ([], [])
+
+
+def test_one_listing_after_the_other_finds_every_checkpoint_of_a_long_run(folder, tmp_path, monkeypatch):
+    """A message holds few: each listing knows what the ones before it found."""
+    refs = folder.save(*range(1, 41))
+    known, listings = refs[::7], 0
+    while True:
+        found, _ = _answer(tmp_path / "said", folder, known, monkeypatch)
+        assert (tmp_path / "said").stat().st_size <= 4096
+        if not found:
+            break
+        listings += 1
+        known = [*known, *found]
+    assert sorted(ref.step for ref in known) == list(range(1, 41))
+    assert 2 <= listings <= 8
 
 
 def test_verify_ends_with_the_code_for_damaged_data_and_quarantines_on_request(folder):

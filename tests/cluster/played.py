@@ -376,9 +376,9 @@ class Played:
                 metrics = ("f1_macro", "val_f1_macro")
                 result = {f"{p}/{m}": {"value": value} for p in request.evaluation.protocols for m in metrics}
         if kind == "inventory":
-            (first,) = [a.split("=")[1] for a in pod.spec.containers[0].command if a.startswith("--from-step=")]
-            found = [ref.document() for ref in run.storage if ref.step >= int(first)]
-            result = {"checkpoints": found}
+            known = {a.split("=")[1] for a in pod.spec.containers[0].command if a.startswith("--known=")}
+            fresh = [ref.document() for ref in run.storage if ref.id not in known]
+            result = {"checkpoints": fresh[:8]}  # about as many as a message holds
         if kind == "retention":
             ids = [a.split("=")[1] for a in pod.spec.containers[0].command if a.startswith("--delete=")]
             run.deleted += ids

@@ -260,6 +260,7 @@ def test_get_shows_where_a_job_stands(kubectl, job):
         best_text="0.810",
         restarts={"infrastructure": 2},
         restarts_total=2,
+        queue="night",
         loss=11.5,
         loss_text="11.50",
         throughput_text="1,024/s",

@@ -30,6 +30,9 @@ spec:
     - {name: planes, shards: s3://b/e/shards.json, protocols: [knn]}
 """
 
+REFS_IN_A_MESSAGE = 8
+"""About as many checkpoints as the message of a listing holds."""
+
 
 def job(**spec: object) -> JobFile:
     """The job above; `spec` replaces parts of its spec."""
@@ -93,11 +96,14 @@ class World:
         return decided
 
     def _answer_listings(self) -> None:
-        """Storage answers within a turn what it holds."""
+        """Storage answers within a turn what it holds and the listing does not know, as much as fits a message."""
         refs = {c.id: c for c in (self.progress.checkpoints if self.progress else ())}
         refs |= {c.id: c for c in map(checkpoint, self.unreported)}
-        found = [c.document() for c in sorted(refs.values(), key=lambda c: c.step)]
-        if self.running("inventory-"):
+        if self.running("inventory-") and self.last:
+            (listing,) = [c for c in self.last.children if c.kind == "inventory"]
+            left_out = {*listing.known, *(c.ref.id for c in self.status.checkpoints if c.pruned)}
+            fresh = [c for c in sorted(refs.values(), key=lambda c: c.step) if c.id not in left_out]
+            found = [c.document() for c in fresh[:REFS_IN_A_MESSAGE]]
             self.end("inventory-", 0, Termination(cause="done", result={"checkpoints": found}))
 
     def report(self, step: int, *checkpoints: int, **fields: object) -> None:

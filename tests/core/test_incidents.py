@@ -119,6 +119,33 @@ def test_a_checkpoint_that_nobody_lived_to_report_is_found_and_evaluated_before_
     assert all(c.evaluations[0].phase == "Succeeded" for c in world.status.checkpoints)
 
 
+def test_every_checkpoint_that_nobody_reported_is_found_however_old_and_however_many_there_are():
+    reported, unreported = range(0, 400, 2), range(1, 40, 2)
+    file = job(evaluation=job().job.spec.evaluation.model_copy(update={"parallel": 64}))
+    world = World(file=file)
+    world.turn()
+    world.report(100, *reported, activity=Activity.FINISHED)
+    world.unreported = tuple(unreported)
+    world.turn()
+    world.end("worker-")
+    ended(world, turns=30)
+    assert world.status.phase == "Succeeded"
+    assert [c.ref.step for c in world.status.checkpoints] == sorted([*reported, *unreported])
+    assert all(c.evaluations[0].phase == "Succeeded" for c in world.status.checkpoints)
+    assert world.status.inventories == 3  # 20 checkpoints, 8 at a time
+
+
+def test_a_listing_that_is_done_again_leaves_out_what_is_known_and_not_what_was_deleted():
+    world = retained()
+    world.end("retention-", 0)
+    world.report(100, 10, 20, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    world.turn()
+    (listing,) = [c for c in world.last.children if c.kind == "inventory"]
+    assert listing.known == (checkpoint(20).id, checkpoint(100).id)
+
+
 def test_how_processes_end_after_the_last_checkpoint_changes_nothing():
     world = running_world()
     world.report(100, 10, 100, activity=Activity.FINISHED)
@@ -171,6 +198,91 @@ def test_scores_that_cannot_be_read_fail_the_evaluation_and_not_the_runner(resul
     assert (evaluation.phase, evaluation.reason) == ("Failed", "its scores cannot be read")
 
 
+def cannot_start(world: World, prefix: str, waiting: str, message: str = "") -> None:
+    """The running children with this prefix do not start, since they were made."""
+    for name in world.running(prefix):
+        world.children[name] = replace(world.children[name], waiting=waiting, waiting_message=message)
+
+
+def over(world: World) -> World:
+    """Training has ended, and its last checkpoint waits for its scores."""
+    world.turn()
+    world.report(100, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    world.turn()
+    assert world.status.outcome is not None
+    return world
+
+
+def test_an_evaluation_that_can_never_start_says_why_and_does_not_hold_the_job_for_ever():
+    world = over(World())
+    tries = []
+    for _ in range(2):
+        cannot_start(world, "eval-", "ImagePull", "no such image")
+        world.turn()
+        evaluating = world.status.condition("Evaluating")
+        assert (world.status.phase, evaluating.status, evaluating.reason) == ("Evaluating", "True", "ImagePull")
+        assert evaluating.message.endswith("no such image")
+        tries += world.running("eval-")
+        world.turn(1801.0)
+        world.turn()
+    assert len(set(tries)) == 2
+    evaluation = world.status.checkpoints[0].evaluations[0]
+    assert (evaluation.phase, evaluation.reason) == ("Failed", "ImagePull: no such image")
+    assert ended(world).status.phase == "Succeeded"
+
+
+@pytest.mark.parametrize("waiting", ["Unschedulable", "WaitingForQueue"])
+def test_an_evaluation_that_waits_for_a_free_place_waits_as_long_as_it_takes_and_says_so(waiting):
+    world = over(World())
+    cannot_start(world, "eval-", waiting)
+    world.turn(100 * HOURS)
+    evaluation = world.status.checkpoints[0].evaluations[0]
+    assert (evaluation.phase, evaluation.failures) == ("Running", 0)
+    assert world.status.condition("Evaluating").reason == waiting
+
+
+def test_an_evaluation_that_cannot_start_while_the_run_trains_is_left_for_somebody_to_put_right():
+    world = running_world()
+    cannot_start(world, "eval-", "ImagePull", "no such image")
+    world.report(20, 10)
+    world.turn(5 * HOURS)
+    evaluation = world.status.checkpoints[0].evaluations[0]
+    assert (evaluation.phase, evaluation.failures) == ("Running", 0)
+    assert world.status.condition("Evaluating").reason == "ImagePull"
+
+
+@pytest.mark.parametrize("waiting", ["ImagePull", "Starting"])
+def test_a_listing_that_can_never_start_is_given_up_and_told(waiting):
+    world = World()
+    world._answer_listings = lambda: None
+    over(world)
+    world.end("eval-", 0, said_scores(0.5))
+    for _ in range(3):
+        world.turn()
+        assert world.status.phase == "Evaluating"
+        cannot_start(world, "inventory-", waiting, "no such image")
+        world.turn()
+        reason = world.status.condition("Evaluating").reason
+        assert reason == ("UpToDate" if waiting == "Starting" else waiting)
+        world.turn(1801.0)
+    assert "InventoryFailed" in world.events
+    world.turn()
+    assert world.status.phase == "Succeeded"
+
+
+def test_retention_that_can_never_start_is_given_up_and_told():
+    world = retained()
+    for _ in range(3):
+        cannot_start(world, "retention-", "ContainerConfig", "no such secret")
+        world.report(21, 10, 20)
+        world.turn()
+        world.report(22, 10, 20)
+        world.turn(1801.0)
+    assert "RetentionFailed" in world.events
+
+
 def test_a_score_to_be_best_by_that_no_evaluation_gives_is_told():
     world = running_world()
     world.end("eval-", 0, Termination(cause="done", result={"knn/accuracy": {"value": 0.5}}))
@@ -213,6 +325,15 @@ def test_the_best_on_validation_is_chosen_and_kept_and_not_the_best_on_test():
     assert [c.ref.step for c in world.status.checkpoints if not c.pruned] == [10, 40]
 
 
+def test_a_best_checkpoint_that_is_found_damaged_gives_its_place_to_the_next_best():
+    world = chosen_world()
+    world.report(50, 10, 20, 30, 40, quarantined=(checkpoint(10).uri,))
+    world.turn()
+    assert world.status.best == checkpoint(30).id
+    assert (world.status.best_score, world.status.best_compared) == (0.5, 0.7)
+    assert [c.ref.step for c in world.status.checkpoints if c.best] == [30]
+
+
 @pytest.mark.parametrize(
     ("scores", "stops"),
     [
@@ -234,6 +355,36 @@ def test_a_job_stops_early_where_validation_stops_rising_whatever_test_does(scor
     if outcome:
         assert outcome.reason == "NoGain"
         assert outcome.message == "2 checkpoints in a row without a better planes-knn/val_f1_macro"
+
+
+def test_a_job_does_not_stop_early_past_a_checkpoint_that_waits_for_its_score():
+    evaluation = job().job.spec.evaluation.model_copy(update={"stop_after_no_gain": 2, "parallel": 4})
+    world = World(file=job(evaluation=evaluation))
+    world.turn()
+    world.report(40, 10, 20, 30, 40)
+    world.turn()
+    names = {c.evaluations[0].id: c.ref.step for c in world.status.checkpoints}
+    by_step = {names[name.split("-")[1]]: name for name in world.running("eval-")}
+    for step, score in ((10, 0.5), (20, 0.4), (40, 0.4)):
+        world.end(by_step[step], 0, said_scores(score))
+    world.turn()
+    assert world.running("eval-") == [by_step[30]]
+    assert world.status.outcome is None
+    world.end(by_step[30], 0, said_scores(0.6))
+    world.turn()
+    assert world.status.outcome is None
+
+
+def test_a_checkpoint_whose_evaluation_failed_for_good_does_not_hold_early_stopping_up():
+    policy = {"stop_after_no_gain": 2, "parallel": 1, "retries": 0}
+    world = World(file=job(evaluation=job().job.spec.evaluation.model_copy(update=policy)))
+    world.turn()
+    world.report(40, 10, 20, 30, 40)
+    for said in (said_scores(0.5), said_scores(0.4), None, said_scores(0.4)):
+        world.turn()
+        world.end("eval-", 0 if said else 65, said)
+    world.turn()
+    assert world.status.outcome.reason == "NoGain"
 
 
 def test_a_choice_that_was_made_by_another_score_does_not_stay():
@@ -369,6 +520,34 @@ def test_floors_run_once_while_nothing_waits_and_the_job_waits_for_them():
     assert world.status.floors[0].scores["raw-pixels:planes-knn/f1_macro"].value == 0.2
     assert len([n for n in world.started if n.startswith("floor-")]) == 1
     assert world.status.checkpoints[1].evaluations[0].phase == "Succeeded"
+
+
+def test_floors_wait_again_where_every_checkpoint_object_was_deleted_behind_the_operators_back():
+    world = World(file=parse_job_file(JOB.replace("floors: false", "floors: true"), where="job.yaml"))
+    world.turn()
+    world.report(10, 10)
+    world.turn()
+    world.end("eval-", 0, said_scores(0.5))
+    world.turn()
+    assert len(world.running("floor-")) == 1
+    world.status = world.status.model_copy(update={"checkpoints": ()})
+    world.turn()
+    assert world.running("floor-") == []
+    assert world.status.floors[0].phase == "Pending"
+    world.report(20, 10, 20)
+    ended(world)
+    assert world.status.floors[0].phase == "Succeeded"
+
+
+def test_floors_that_no_evaluation_of_the_suite_asks_for_are_forgotten():
+    world = World(file=parse_job_file(JOB.replace("floors: false", "floors: true"), where="job.yaml"))
+    world.turn()
+    world.report(10, 10)
+    world.turn()
+    unknown = world.status.floors[0].model_copy(update={"name": "nobody", "phase": "Running"})
+    world.status = world.status.model_copy(update={"floors": (unknown,)})
+    world.turn()
+    assert [(floor.name, floor.phase) for floor in world.status.floors] == [("planes", "Pending")]
 
 
 def test_floors_that_fail_are_told_and_the_job_succeeds():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from builders import World, checkpoint, job, said_scores
 
-from sonoforge_operator.api import EvaluationPolicy, NameRef, Workers
+from sonoforge_operator.api import EvaluationPolicy, NameRef, RestartPolicy, Workers
+from sonoforge_operator.api.job import NoProgressBudget
 from sonoforge_trainer.contract import Activity, CheckpointConfig, Termination
 
 
@@ -91,6 +92,34 @@ def test_an_application_error_restarts_the_whole_group_and_the_budget_ends_the_j
     assert world.status.outcome.reason == "NoProgress"
     world.turn()
     assert world.running("worker-") == []
+
+
+def strict() -> RestartPolicy:
+    return RestartPolicy(no_progress=NoProgressBudget(max=1))
+
+
+def test_a_group_that_lost_a_peer_after_a_new_checkpoint_is_not_told_that_nothing_moves():
+    world = World(file=job(restart_policy=strict()))
+    for attempt in (1, 2, 3):
+        world.turn()
+        world.report(10 * attempt, 10 * attempt)
+        world.turn()
+        world.end(f"worker-{attempt:03d}-0000", 1, Termination(cause="collective", message="a peer was lost"))
+        world.turn()
+    assert (world.status.outcome, world.status.attempt) == (None, 4)
+    assert (world.status.restarts, world.status.restarts_without_progress) == ({"collective": 3}, 0)
+
+
+def test_a_budget_that_is_lowered_later_is_not_spent_by_a_failure_that_does_not_add_to_it():
+    world = World()
+    world.turn()
+    world.end("worker-001-0000", 1, Termination(cause="application", message="x"))
+    world.turn()
+    world.file = job(restart_policy=strict())
+    world.turn()
+    world.end("worker-002-0000", 1, Termination(cause="collective", message="a peer was lost"))
+    world.turn()
+    assert (world.status.outcome, world.status.attempt) == (None, 3)
 
 
 def test_the_error_of_one_node_is_the_cause_and_not_that_the_others_lost_it():

@@ -160,7 +160,10 @@ class Machine:
         elif name.startswith("floor-"):
             said = Termination(cause="done", result={"raw-pixels:planes-knn/f1_macro": {"value": 0.2}})
         elif name.startswith("inventory-"):
-            said = Termination(cause="done", result={"checkpoints": [checkpoint(s).document() for s in self.storage]})
+            left_out = {id_ for child in self.decide().children if child.name == name for id_ in child.known}
+            left_out |= {c.ref.id for c in self.status.checkpoints if c.pruned}
+            fresh = [c.document() for c in map(checkpoint, self.storage) if c.id not in left_out]
+            said = Termination(cause="done", result={"checkpoints": fresh[:1]})  # a message holds few
         self.end(name, 0 if seen else None, said)
 
     # --- what must hold -----------------------------------------------------------------------------------------------

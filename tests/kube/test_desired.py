@@ -41,7 +41,7 @@ def everything() -> list[dict]:
     children = [
         evaluation(),
         Child("retention-0123456789ab-000", "retention", prune=("step-1",)),
-        Child("inventory-000-000", "inventory", from_step=7),
+        Child("inventory-000-000", "inventory", known=(REF.id,)),
     ]
     return [
         *standing_objects(job),
@@ -119,6 +119,13 @@ def test_an_evaluation_reads_its_request_and_belongs_to_its_checkpoint():
     (container,) = made["spec"]["template"]["spec"]["containers"]
     assert container["command"][-2:] == ["--request", "/etc/sonoforge/request/request.json"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+
+
+def test_a_listing_names_what_is_known():
+    listing = Child("inventory-000-000", "inventory", known=("step-1-a", "step-2-b"))
+    (container,) = small_job(cluster_job(), listing, owner={})["spec"]["template"]["spec"]["containers"]
+    command = ["checkpoints", "list", "s3://b/run", "--known=step-1-a", "--known=step-2-b"]
+    assert container["command"][-len(command) :] == command
 
 
 def test_equal_jobs_give_equal_objects():

@@ -22,7 +22,18 @@ def fact_of(document, now=T0 + 60):
     ("document", "cause", "message"),
     [
         (pod("j", phase="Failed", state=ended(1)), "application", "exit code 1"),
-        (pod("j", phase="Failed", state=ended(137)), "application", "exit code 137"),
+        (pod("j", phase="Failed", state=ended(137)), "infrastructure", "the process was killed"),
+        (
+            pod("j", phase="Failed", state=ended(137, reason="ContainerStatusUnknown")),
+            "infrastructure",
+            "ContainerStatusUnknown on node-a",
+        ),
+        (pod("j", phase="Failed", state=ended(255, reason="Unknown")), "infrastructure", "Unknown on node-a"),
+        (
+            pod("j", phase="Failed", state=ended(137, {"cause": "application", "message": "x"})),
+            "application",
+            "application: x",
+        ),
         (pod("j", phase="Failed", state=ended(137, reason="OOMKilled")), "memory", "OOMKilled on node-a"),
         (pod("j", phase="Failed", state=ended(143)), "infrastructure", "exit code 143"),
         (
@@ -117,6 +128,17 @@ def test_of_the_pods_of_an_index_the_first_uncounted_end_is_told_then_the_newest
     assert facts(gone, counted, T0)["worker-002-0000-002"].identity == "c"
 
 
+def test_a_pod_that_was_counted_stays_counted_when_the_object_of_a_later_one_is_gone():
+    """Evicted pods stay, drained ones go: the end of the evicted one is no news then."""
+    evicted = pod("job-1", 0, uid="z", phase="Failed", state=ended(143))
+    drained = pod("job-1", 0, uid="y", phase="Failed", state=ended(143), created="2026-01-01T00:00:10Z")
+    healthy = pod("job-1", 0, uid="x", created="2026-01-01T00:00:20Z")
+    status = JobStatus(worker_deaths=(2,), worker_lost=("y",), worker_lost_created=(T0 + 10,))
+    for pods in ((evicted, drained, healthy), (evicted, healthy)):
+        assert facts(Objects((worker_job(),), pods), status, T0)["worker-001-0000-002"].identity == "x"
+    assert facts(Objects((worker_job(),), (evicted,)), status, T0) == {}
+
+
 def test_a_counted_pod_without_a_successor_is_no_fact():
     status = JobStatus(worker_deaths=(1,), worker_lost=("a",))
     objects = Objects(jobs=(worker_job(),), pods=(pod("job-1", 0, uid="a", phase="Failed", state=ended(143)),))
@@ -137,6 +159,11 @@ def test_an_evaluation_whose_pod_is_gone_ended_as_its_job_says():
         fact = found["eval-a-000"]
         assert (fact.running, fact.exit_code) == (False, code)
     assert facts(Objects(jobs=(small_job("eval-a-000"),)), JobStatus(), T0)["eval-a-000"].running
+
+
+def test_an_evaluation_that_its_queue_holds_back_waits_for_it():
+    held = small_job("eval-a-000") | {"spec": {"suspend": True}}
+    assert facts(Objects(jobs=(held,)), JobStatus(), T0)["eval-a-000"].waiting == "WaitingForQueue"
 
 
 @pytest.mark.parametrize(

@@ -15,19 +15,21 @@ from hypothesis import strategies as st
 from objects import documents, ended, file, pod, worker_job
 
 from sonoforge_operator.cluster.coordinators import Coordinators
+from sonoforge_operator.cluster.desired import ClusterJob
 from sonoforge_operator.cluster.facts import Objects, facts
 from sonoforge_operator.cluster.handlers import Wiring
 from sonoforge_operator.cluster.jobs import RejectedError, Site, resolve
 from sonoforge_operator.cluster.names import Key, Names
 from sonoforge_operator.cluster.port import believable
-from sonoforge_operator.cluster.projection import job_document, rejected_document
+from sonoforge_operator.cluster.projection import checkpoint_document, job_document, rejected_document
 from sonoforge_operator.cluster.reconciler import finished_at, time_to_live
-from sonoforge_operator.cluster.record import UnreadableRecordError, recall
+from sonoforge_operator.cluster.record import UnreadableRecordError, recall, remember
 from sonoforge_operator.cluster.store import Store
 from sonoforge_operator.observed import Observed
 from sonoforge_operator.plan import plan
+from sonoforge_operator.resources import CheckpointSpec
 from sonoforge_operator.status import JobStatus, Outcome
-from sonoforge_trainer.contract import ContractError, Progress
+from sonoforge_trainer.contract import CheckpointRef, ContractError, Progress
 
 _EXAMPLES = int(os.environ.get("SONOFORGE_FUZZ_EXAMPLES", "120"))
 HOSTILE = settings(
@@ -145,6 +147,61 @@ def test_a_status_is_read_or_refused_and_the_end_of_a_job_is_never_undone(data):
             assert (decided.children, decided.status) == ((), status)
     finished = finished_at(wild)
     assert time_to_live(wild, finished) >= finished
+
+
+def a_live_job() -> tuple[dict[str, Any], dict[str, Any]]:
+    """A job that trains with floors and evaluations under way and checkpoints being deleted, and one of them."""
+    job = live_job()
+    said = Progress(updated=T0, step=30, steps=100, step_time=T0, world_size=3, attempt="a")
+    observed = Observed(JobStatus(uid="u"), {}, said.model_copy(update={"checkpoints": (ref(10), ref(20), ref(30))}))
+    status = plan(job.file, observed, T0).status
+    done = [status.checkpoints[0].evaluations[0].model_copy(update={"phase": "Succeeded"})]
+    checkpoint = status.checkpoints[0].model_copy(update={"evaluations": tuple(done)})
+    floors = tuple(floor.model_copy(update={"phase": "Running"}) for floor in status.floors)
+    assert floors
+    status = status.model_copy(
+        update={"floors": floors, "pruning": (ref(10).id,), "worker_deaths": (1, 0, 2), "worker_lost": ("a", "", "b")}
+    )
+    spec = CheckpointSpec.of(ref(20), job="fetal.v2", job_uid="u").document()
+    metadata = {"name": "x", "namespace": "n", "uid": "u"}
+    return (
+        {"metadata": metadata, "status": {"record": remember(status)}},
+        {"metadata": {"name": "c"}, "spec": spec, "status": checkpoint_document(checkpoint, status, job.file)},
+    )
+
+
+def live_job() -> ClusterJob:
+    made = prepared()
+    return resolve({**made[0], "metadata": made[0]["metadata"]}, cluster(*made), Digests(), Site("image", "operator"))
+
+
+def ref(step: int) -> CheckpointRef:
+    return CheckpointRef(
+        step=step,
+        samples=step * 32,
+        uri=f"s3://b/run/step-{step}/a",
+        manifest_digest=f"sha256:{step:064x}",
+        created="2026-01-01T00:00:00Z",
+    )
+
+
+@HOSTILE
+@given(st.data(), st.booleans())
+def test_the_record_of_a_job_that_runs_is_read_or_refused_and_a_pass_has_an_answer(data, with_checkpoint):
+    """With damage to the record and the checkpoint, with one checkpoint or none, over several passes."""
+    job = live_job()
+    manifest, checkpoint = a_live_job()
+    try:
+        status = recall(damaged(manifest, data), [damaged(checkpoint, data)] if with_checkpoint else [], job.file)
+    except UnreadableRecordError:
+        return
+    pods = tuple(pod("job-1", index, uid=f"p{index}") for index in range(3))
+    for turn in range(3):
+        now = T0 + 60.0 * turn
+        found = facts(Objects((worker_job(status.attempt),), pods), status, now)
+        decided = plan(job.file, Observed(status, found), now)
+        status = decided.status
+        job_document(job, status, Observed(status, found))
 
 
 @HOSTILE

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from objects import cluster_job, documents, ended, file, pod, small_job, worker_job
 
-from sonoforge_operator.api import parse_job, parse_runtime
+from sonoforge_operator.api import Workers, parse_job, parse_runtime
 from sonoforge_operator.cluster.facts import Objects, facts
 from sonoforge_operator.cluster.freshness import STALE_SECONDS, Freshness
 from sonoforge_operator.cluster.handlers import Wiring
@@ -241,6 +241,26 @@ def test_volcano_2560_a_preemption_costs_no_retry():
     assert cluster.status.phase == "Running"
 
 
+def test_a_lost_pod_is_counted_once_also_when_the_object_of_the_next_lost_one_is_gone():
+    cluster = Cluster()
+    cluster.training(10, 0)
+    cluster.end(0, 143, reason="Evicted")
+    evicted = cluster.pods[0]
+    cluster.turn()
+    cluster.pods.append(pod("job-1", 0, uid="b", created="2026-01-01T00:00:10Z"))
+    cluster.turn()
+    cluster.pods[-1] = pod("job-1", 0, uid="b", phase="Failed", state=ended(143), created="2026-01-01T00:00:10Z")
+    cluster.turn()
+    cluster.pods[-1] = pod("job-1", 0, uid="c", created="2026-01-01T00:00:20Z")
+    assert evicted in cluster.pods
+    for _ in range(3):
+        cluster.step(11)
+        decided = cluster.turn()
+        assert decided.requests == ()
+    assert cluster.status.restarts == {"infrastructure": 2}
+    assert cluster.events.count("WorkerReplaced") == 2
+
+
 def test_kuberay_3860_a_job_whose_head_is_gone_is_not_running_for_ever():
     """Nobody answers any more: the status says so within seconds, and names it a stall in the end."""
     cluster = Cluster()
@@ -280,6 +300,46 @@ def test_cre_310_pods_that_cannot_be_scheduled_are_not_shown_as_running():
     assert stalled is not None
     assert (cluster.status.phase, stalled.reason) == ("Stalled", "Unschedulable")
     assert "0/3 nodes" in stalled.message
+
+
+def test_a_pod_that_starts_does_not_hide_one_that_cannot_be_scheduled():
+    cluster = Cluster(workers=Workers(min_nodes=3, max_nodes=3))
+    cluster.turn()
+    cluster.start()
+    creating = {"waiting": {"reason": "ContainerCreating"}}
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
+    cluster.pods[0] = pod("job-1", 0, uid="p0", phase="Pending", state=creating)
+    cluster.pods[2] = pod("job-1", 2, uid="p2", phase="Pending", state={}, conditions=[condition])
+    cluster.turn()
+    stalled, scheduled = cluster.status.condition("Stalled"), cluster.status.condition("Scheduled")
+    assert stalled is not None
+    assert scheduled is not None
+    assert (cluster.status.phase, stalled.reason, scheduled.reason) == ("Stalled", "Unschedulable", "Unschedulable")
+
+
+def test_a_coordinator_whose_image_cannot_be_pulled_is_told_at_once_and_later_where_the_run_steps():
+    pull = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
+    stuck = pod("deploy", uid="c", phase="Pending", state=pull, part="coordinator")
+    cluster = Cluster()
+    cluster.turn()
+    cluster.start()
+    cluster.pods.append(stuck)
+    cluster.progress = None
+    cluster.turn()
+    stalled = cluster.status.condition("Stalled")
+    assert stalled is not None
+    assert (cluster.status.phase, stalled.reason) == ("Stalled", "ImagePull")
+    assert stalled.message == "the coordinator does not run: no such image"
+    cluster = Cluster()
+    cluster.training()
+    cluster.pods.append(stuck)
+    cluster.progress = None
+    cluster.turn()
+    assert cluster.status.phase == "Running"
+    cluster.turn(1900)
+    stalled = cluster.status.condition("Stalled")
+    assert stalled is not None
+    assert (cluster.status.phase, stalled.reason, cluster.status.attempt) == ("Stalled", "ImagePull", 1)
 
 
 def test_pods_that_start_are_pending_and_stalled_only_after_the_deadline():

@@ -19,7 +19,6 @@ from sonoforge_trainer.checkpoint.store import PRUNED, CheckpointStore, Prefix
 from sonoforge_trainer.contract import COMMIT, QUARANTINE, CheckpointRef, ExitCode, Termination
 from sonoforge_trainer.storage import Storage, StorageError
 
-_REFS_IN_A_MESSAGE = 8
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -52,21 +51,22 @@ def command() -> None:
 @command.command("list")
 @click.argument("uri")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@click.option("--from-step", type=click.IntRange(0), default=0, help="List only these and later steps.")
+@click.option("--known", multiple=True, help="Leave out the committed checkpoint with this id.")
 @_explained
-def list_checkpoints(uri: str, as_json: bool, from_step: int) -> None:
+def list_checkpoints(uri: str, as_json: bool, known: tuple[str, ...]) -> None:
     """List what is below URI, by step: committed, damaged, quarantined, pruned and uncommitted.
 
-    Where a termination message is asked for, it holds the oldest of the committed ones, as many as fit.
+    Where a termination message is asked for, it holds the oldest of the committed ones, as many as fit. Who knows those
+    asks for the next ones with --known.
     """
     store = CheckpointStore(Storage.from_env(), uri)
-    refs = {ref.uri: ref for ref in store.committed() if ref.step >= from_step}
-    found = [ref.document() for ref in refs.values()][:_REFS_IN_A_MESSAGE]
-    termination.write(Termination(cause="done", result={"checkpoints": found}))
+    refs = {ref.uri: ref for ref in store.committed()}
+    left_out = set(known)
+    termination.write(_as_many_as_fit([ref for ref in refs.values() if ref.id not in left_out]))
     for prefix in store.prefixes():
-        if prefix.step < from_step:
-            continue
         state, ref = _state(prefix, refs), refs.get(prefix.uri)
+        if ref and ref.id in left_out:
+            continue
         if as_json:
             document = {"state": state, "uri": prefix.uri, "step": prefix.step}
             click.echo(json.dumps(document | ({"id": ref.id, **ref.document()} if ref else {}), sort_keys=True))
@@ -75,6 +75,17 @@ def list_checkpoints(uri: str, as_json: bool, from_step: int) -> None:
             click.echo(f"{ref.id}  {state:<11} {ref.created}  {ref.samples:>12,} images  {size / 2**20:>10,.1f} MiB")
         else:
             click.echo(f"step-{prefix.step:010d}{'':<13}  {state:<11} attempt {prefix.attempt}")
+
+
+def _as_many_as_fit(refs: list[CheckpointRef]) -> Termination:
+    """A message with the first of these checkpoints."""
+    said = Termination(cause="done", result={"checkpoints": []})
+    for count in range(1, len(refs) + 1):
+        longer = said.model_copy(update={"result": {"checkpoints": [ref.document() for ref in refs[:count]]}})
+        if len(longer.to_json().encode()) > termination.MAX_BYTES:
+            break
+        said = longer
+    return said
 
 
 def _state(prefix: Prefix, refs: dict[str, CheckpointRef]) -> str:

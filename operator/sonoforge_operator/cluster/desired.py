@@ -244,7 +244,7 @@ def small_job(job: ClusterJob, child: Child, owner: Manifest) -> Manifest:
         case "retention":
             command = ("checkpoints", "prune", uri, *(f"--delete={checkpoint}" for checkpoint in child.prune))
         case "inventory":
-            command = ("checkpoints", "list", uri, f"--from-step={child.from_step}")
+            command = ("checkpoints", "list", uri, *(f"--known={checkpoint}" for checkpoint in child.known))
         case _:
             assert child.request is not None
             annotations[ANNOTATION_REQUEST] = child.request.to_json()

@@ -65,6 +65,7 @@ def pod_fact(pod: Document, name: str, now: float) -> ChildFact:
         "started": _started(pod, state),
         "node": _text(pod, "spec", "nodeName"),
         "identity": _text(pod, "metadata", "uid"),
+        "created": unix_seconds(_text(pod, "metadata", "creationTimestamp")),
         "disruption": _disruption(pod),
     }
     if phase in ("Succeeded", "Failed"):
@@ -110,17 +111,29 @@ def _workers(job: Document, pods: list[Document], status: JobStatus, now: float)
             message = "the queue has not admitted the job"
             yield ChildFact(name, running=True, waiting="WaitingForQueue", waiting_message=message)
     for index, candidates in by_index.items():
-        candidates.sort(key=lambda pod: (_text(pod, "metadata", "creationTimestamp"), _text(pod, "metadata", "uid")))
-        deaths, counted = 0, ""
+        deaths, counted = 0, (0.0, "")
         if current:
-            deaths, counted = _at(status.worker_deaths, index, 0), _at(status.worker_lost, index, "")
-        identities = [_text(pod, "metadata", "uid") for pod in candidates]
-        fresh = candidates[identities.index(counted) + 1 :] if counted in identities else candidates
+            deaths = _at(status.worker_deaths, index, 0)
+            counted = _at(status.worker_lost_created, index, 0.0), _at(status.worker_lost, index, "")
+        fresh = _newer(candidates, counted)
         name = worker_name(attempt, index, deaths)
         found = [pod_fact(pod, name, now) for pod in fresh]
         if found:
             # What ended is told first, so that nothing that failed goes unnoticed once it is replaced.
             yield next((fact for fact in found if not fact.running), found[-1])
+
+
+def _newer(pods: list[Document], counted: tuple[float, str]) -> list[Document]:
+    """The pods of an index after the one that was counted last, oldest first, whether or not its object is there."""
+    ordered = sorted(pods, key=_birth)
+    identities = [uid for _, uid in map(_birth, ordered)]
+    if counted[1] in identities:
+        return ordered[identities.index(counted[1]) + 1 :]
+    return [pod for pod in ordered if _birth(pod) > counted]
+
+
+def _birth(pod: Document) -> tuple[float, str]:
+    return unix_seconds(_text(pod, "metadata", "creationTimestamp")), _text(pod, "metadata", "uid")
 
 
 def _small(job: Document, pods: list[Document], now: float) -> ChildFact:
@@ -133,7 +146,12 @@ def _small(job: Document, pods: list[Document], now: float) -> ChildFact:
     created = unix_seconds(_text(job, "metadata", "creationTimestamp"))
     if ended and not found:
         return ChildFact(name, running=False, exit_code=0 if _condition(job, "Complete") else None, started=created)
-    return found[-1] if found else ChildFact(name, running=True, waiting="Starting", started=created)
+    if found:
+        return found[-1]
+    if _mapping(job.get("spec")).get("suspend") is True:
+        message = "the queue has not admitted it"
+        return ChildFact(name, running=True, waiting="WaitingForQueue", waiting_message=message, started=created)
+    return ChildFact(name, running=True, waiting="Starting", started=created)
 
 
 def _coordinator(deployment: Document, pods: list[Document], name: str, now: float) -> ChildFact:

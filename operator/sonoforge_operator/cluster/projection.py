@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sonoforge_operator.api import JobFile
 from sonoforge_operator.children import worker_facts
 from sonoforge_operator.cluster.desired import ClusterJob
 from sonoforge_operator.cluster.names import LABEL_PART, LABEL_UID
 from sonoforge_operator.cluster.record import remember
+from sonoforge_operator.limits import queue_of
 from sonoforge_operator.observed import Observed
 from sonoforge_operator.resources import (
     BestCheckpoint,
@@ -24,7 +25,7 @@ from sonoforge_operator.resources import (
     NodeCounts,
     PretrainJobStatus,
 )
-from sonoforge_operator.status import CheckpointStatus, Condition, JobStatus
+from sonoforge_operator.status import CheckpointStatus, Condition, ConditionType, JobStatus
 from sonoforge_trainer.contract import Progress, split_score
 
 Document = dict[str, Any]
@@ -43,7 +44,9 @@ def job_document(job: ClusterJob, status: JobStatus, observed: Observed) -> Docu
     steps = spec.training.recipe.steps
     step = progress.step if progress else 0
     share = 100.0 * step / steps if steps else 0.0
-    rate = progress.samples_per_second if progress and status.outcome is None and ready else 0.0
+    training = status.condition("Training")
+    # What was last said of a run that stands still or is silent is no rate of the present.
+    rate = progress.samples_per_second if progress and training and training.status == "True" else 0.0
     newest = max(status.sound, key=lambda c: c.ref.step, default=None)
     best = next((c for c in status.checkpoints if c.best), None)
     head = _headline(status)
@@ -55,6 +58,7 @@ def job_document(job: ClusterJob, status: JobStatus, observed: Observed) -> Docu
         conditions=tuple(_condition(c, job.generation) for c in status.conditions),
         nodes=NodeCounts(ready=ready, max=wanted),
         nodes_text=f"{ready}/{wanted}",
+        queue=queue_of(file.job, job.runtime),
         selector=f"{LABEL_UID}={names.uid},{LABEL_PART}=worker",
         step=step,
         steps=steps,
@@ -106,33 +110,40 @@ def job_document(job: ClusterJob, status: JobStatus, observed: Observed) -> Docu
 
 
 def rejected_document(manifest: Mapping[str, Any], reason: str, message: str, now: float) -> Document:
-    """The status of a PretrainJob that cannot run as it is: what was known, and why it goes no further."""
+    """The status of a PretrainJob that cannot run as it is: what was known, and why it goes no further.
+
+    Nobody looks after it, so nothing but that is known of the present.
+    """
     before = manifest.get("status")
     kept: Document = dict(before) if isinstance(before, Mapping) else {}
     generation = int(manifest["metadata"].get("generation") or 1)
-    accepted = KubeCondition(
-        type="Accepted",
-        status="False",
-        reason=reason,
-        message=message,
-        last_transition_time=rfc3339(now),
-        observed_generation=generation,
-    )
-    conditions = [c for c in kept.get("conditions") or () if isinstance(c, Mapping)]
-    known = next((c for c in conditions if c.get("type") == "Accepted"), {})
-    if known.get("status") == "False":
-        time = known.get("lastTransitionTime")
-        accepted = accepted.model_copy(update={"last_transition_time": time} if isinstance(time, str) else {})
-    others = [c for c in conditions if c.get("type") != "Accepted"]
-    phase = kept.get("phase") if kept.get("record") else "Invalid" if reason == "Invalid" else "Pending"
+    found = kept.get("conditions")
+    known = {c.get("type"): c for c in found if isinstance(c, Mapping)} if isinstance(found, list) else {}
+
+    def condition(kind: ConditionType) -> Document:
+        value: Literal["False", "Unknown"] = "False" if kind == "Accepted" else "Unknown"
+        earlier = known.get(kind, {})
+        time = earlier.get("lastTransitionTime") if earlier.get("status") == value else None
+        return KubeCondition(
+            type=kind,
+            status=value,
+            reason=reason if kind == "Accepted" else "NotAccepted",
+            message=message if kind == "Accepted" else "a job that is refused is not looked after",
+            last_transition_time=time if isinstance(time, str) else rfc3339(now),
+            observed_generation=generation,
+        ).document()
+
     return _without_nothing(
         kept
         | {
             "observedGeneration": generation,
-            "phase": phase,
+            "phase": "Invalid" if reason == "Invalid" else "Pending",
             "reason": reason,
             "message": message,
-            "conditions": [accepted.document(), *others],
+            "conditions": [condition(kind) for kind in get_args(ConditionType)],
+            "eta": "",
+            "throughput": 0.0,
+            "throughputText": "",
         }
     )
 
