@@ -101,6 +101,14 @@ def test_importing_the_contract_loads_nothing_heavy():
             "training.recipe.virtualRanks: found 32. Allowed: at most globalBatch 32 / 2 with loss.koleo 0.1, which "
             "needs 2 images a virtual rank; or loss.koleo 0",
         ),
+        (
+            {"data": DATA, "model": {"depth": 0}},
+            "training.model.depth: found 0. Allowed: a whole number > 0",
+        ),
+        (
+            {"data": {**DATA, "datasetDigest": "x"}},
+            "training.data.datasetDigest: found 'x'. Allowed: a text matching ^sha256:[0-9a-f]{64}$",
+        ),
         ([], "training: found []. Allowed: a mapping with the keys model, data, recipe"),
     ],
 )
