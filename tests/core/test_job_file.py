@@ -23,7 +23,7 @@ def test_a_job_with_its_suite_is_read():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("minNodes: 1", "minNodes: 3", "job.yaml: PretrainJob.spec.workers: minNodes 3 is above maxNodes 2"),
+        ("minNodes: 1", "minNodes: 3", "PretrainJob.spec.workers.minNodes: found 3. Allowed: at most maxNodes 2"),
         ("suiteRef: {name: planes}", "suiteRef: {name: plains}", "suiteRef.name: found 'plains'. Allowed: an object"),
         (
             "planes-knn/f1_macro",
