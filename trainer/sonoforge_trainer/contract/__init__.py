@@ -15,6 +15,7 @@ from sonoforge_trainer.contract.base import (
 from sonoforge_trainer.contract.baseline import FLOORS, Baseline
 from sonoforge_trainer.contract.checkpoint import (
     COMMIT,
+    FEATURES,
     IMPORTED,
     MANIFEST,
     METRICS,
@@ -101,6 +102,7 @@ __all__ = [
     "ENV_STORE",
     "ENV_TERMINATION_LOG",
     "ENV_TOKEN_FILE",
+    "FEATURES",
     "FLOORS",
     "IMPORTED",
     "MANIFEST",

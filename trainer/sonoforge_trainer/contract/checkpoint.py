@@ -21,6 +21,8 @@ from sonoforge_trainer.contract.shards import Sha256
 
 MANIFEST, COMMIT, TEACHER, MODEL_CARD = "manifest.json", "COMMIT", "teacher.safetensors", "model-card.json"
 METRICS = "metrics.jsonl"
+FEATURES = "features-"
+"""Beginning of the names of features that evaluations keep beside a checkpoint."""
 QUARANTINE = "QUARANTINE"
 """Object that marks a checkpoint as damaged; its body says why. Nothing of a quarantined checkpoint is deleted."""
 IMPORTED = "imported"
