@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sonoforge_trainer.contract import ContractError, ModelConfig, TrainConfig, load_yaml, preset
+from sonoforge_trainer.contract import CheckpointConfig, ContractError, ModelConfig, TrainConfig, load_yaml, preset
 
 DATA = {"shards": "s3://bucket/set/shards.json"}
 
@@ -129,6 +129,37 @@ def test_an_error_gives_the_path_what_was_found_and_what_is_allowed(document, me
     with pytest.raises(ContractError) as error:
         TrainConfig.resolve(document)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"virtualRanks": True}, "virtualRanks: found True. Allowed: a whole number > 0"),
+        ({"globalBatch": "32"}, "globalBatch: found '32'. Allowed: a whole number > 0"),
+        ({"optim": {"baseLr": "0.004"}}, "optim.baseLr: found '0.004'. Allowed: a number > 0"),
+        ({"optim": {"clipNorm": False}}, "optim.clipNorm: found False. Allowed: a number >= 0"),
+        ({"optim": {"betas": [0.9, "0.99"]}}, "optim.betas.1: found '0.99'. Allowed: a number >= 0 < 1"),
+    ],
+)
+def test_what_is_no_number_is_not_made_one(recipe, message):
+    with pytest.raises(ContractError) as error:
+        resolve(recipe=recipe)
+    assert str(error.value) == f"training.recipe.{message}"
+
+
+def test_an_optional_number_is_one_too():
+    with pytest.raises(ContractError, match=r"^everySeconds: found True\. Allowed: a whole number > 0$"):
+        CheckpointConfig.parse({"uri": "s3://b/run", "everySeconds": True})
+
+
+def test_numbers_as_yaml_has_them_are_numbers():
+    """YAML 1.1 reads an exponent without a dot, or without a sign, as a text."""
+    text = (
+        "{globalBatch: 1024, optim: {baseLr: 4e-3, minLr: 1E-6, clipNorm: 3, layerDecay: 9.0e-1, patchEmbedLr: 0.2e0}}"
+    )
+    recipe = resolve(recipe=load_yaml(text, where="recipe")).recipe
+    assert (recipe.global_batch, recipe.optim.base_lr, recipe.optim.min_lr) == (1024, 0.004, 1e-6)
+    assert (recipe.optim.clip_norm, recipe.optim.layer_decay, recipe.optim.patch_embed_lr) == (3.0, 0.9, 0.2)
 
 
 def test_all_faults_are_told_at_once():

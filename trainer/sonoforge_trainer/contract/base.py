@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import annotated_types
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.alias_generators import to_camel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
@@ -62,6 +63,13 @@ class Part(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name
+        annotation = cls.model_fields[info.field_name].annotation
+        return _only_numbers(annotation, value) if _has_numbers(annotation) else value
 
     @classmethod
     def parse(cls, document: object, *, where: str = "", show_values: bool = True) -> Self:
@@ -238,6 +246,43 @@ def _alternatives(annotation: Any) -> list[Any]:
     if typing.get_origin(inner) in (typing.Union, types.UnionType):
         return [a for a in typing.get_args(inner) if a is not type(None)]
     return [annotation]
+
+
+class _NoNumber:
+    """A value that pydantic would convert to a number, and so refuses, at its place; it is shown as it was."""
+
+    def __init__(self, value: bool | str) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        return repr(self._value)
+
+
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+"""YAML 1.1 reads 1e-3 and 1.5e3 as texts."""
+
+
+def _has_numbers(annotation: Any) -> bool:
+    return any(
+        inner in (int, float)
+        or (typing.get_origin(inner) in (list, tuple, dict, Mapping) and any(map(_has_numbers, typing.get_args(inner))))
+        for inner, _ in map(_unwrap, _alternatives(annotation))
+    )
+
+
+def _only_numbers(annotation: Any, value: object) -> object:
+    """The value, where true, false and texts stand for no numbers, as they do in pydantic: `true` is not 1 second."""
+    types_there = [_unwrap(a)[0] for a in _alternatives(annotation)]
+    if all(a in (int, float) for a in types_there):
+        if isinstance(value, str) and float in types_there and _EXPONENT.fullmatch(value):
+            return float(value)
+        return _NoNumber(value) if isinstance(value, bool | str) else value
+    arguments = [a for a in typing.get_args(types_there[0]) if a is not Ellipsis]
+    if isinstance(value, list | tuple):
+        return [_only_numbers(arguments[min(i, len(arguments) - 1)], item) for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {key: _only_numbers(arguments[-1], item) for key, item in value.items()}
+    return value
 
 
 _SYMBOLS = {annotated_types.Ge: ">=", annotated_types.Gt: ">", annotated_types.Le: "<=", annotated_types.Lt: "<"}
