@@ -89,6 +89,18 @@ def test_a_run_told_to_stop_saves_where_it_stands_and_goes_on_from_there_as_if_n
     assert [(r["loss"], r["lr"]) for r in here.log("metrics.jsonl")] == [(r["loss"], r["lr"]) for r in stopped]
 
 
+def test_corrupt_samples_are_counted_in_the_log_also_over_a_restart(here, spoil, tmp_path):
+    spoil(here.copy_shards(), 7)
+    config = here.config(steps=24, every=4)
+    assert here.run_here(config) == ExitCode.OK
+    counts = [record["corrupt_samples"] for record in here.log("metrics.jsonl")]
+    assert sum(counts) >= 1
+    shutil.move(here.checkpoints, tmp_path / "whole")
+    assert here.run_here(config, Told(stop=True)) == ExitCode.TERMINATED
+    assert here.run_here(config) == ExitCode.OK
+    assert [record["corrupt_samples"] for record in here.log("metrics.jsonl")] == counts
+
+
 def test_a_run_told_to_stop_in_its_last_steps_finishes(here):
     assert here.run_here(here.config(steps=2), Told(stop=True)) == ExitCode.OK
     assert here.committed() == [0, 2]
