@@ -118,7 +118,7 @@ class CheckpointManifest(Part):
     config_digest: Sha256
     """TrainConfig."""
     image_digest: str = ""
-    """Container image, where there is one."""
+    """Container image, where there is one: its digest, or the name it was given by where that is not pinned."""
     torch_version: str
     """torch that wrote it."""
     created: str
