@@ -128,7 +128,7 @@ class CheckpointManifest(Part):
     previous: Sha256 | None = None
     """Digest of the manifest that this run continued from or wrote before: a chain."""
     extra: dict[str, Any] = {}
-    """Small values of the training state that are not tensors."""
+    """Small values beside the tensors, such as the mark of imported weights."""
 
 
 class CheckpointRef(Part):
