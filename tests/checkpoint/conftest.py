@@ -53,7 +53,6 @@ def make_snapshot(step: int) -> Snapshot:
         },
         teacher={"cls_token": weight[:1].clone(), "norm.weight": weight[0, :5].clone()},
         card=CARD.model_copy(update={"samples": 64 * step}),
-        scalars={"skipped": step, "temperature": 0.07},
     )
 
 

@@ -38,6 +38,21 @@ def test_the_state_goes_and_scores_and_model_card_stay(place):
     assert place.store().committed() == [second]
 
 
+def test_kept_features_go_with_the_state_and_those_of_a_kept_checkpoint_stay(place):
+    """Also those that an evaluation keeps after the prune go with the next one."""
+    first, second = place.save(1, 2)
+    kept = ["features-0011.json", "features-0011-2233.safetensors"]
+    for ref in (first, second):
+        for name in (*kept, "eval/planes-0011.json"):
+            place.storage.write(f"{ref.uri}/{name}", b"{}")
+    prune(place.store(), now=NOW, delete=[first.id])
+    assert _names_of(place, first) == ["PRUNED", "eval/planes-0011.json", "model-card.json"]
+    assert {*kept, "eval/planes-0011.json"} < set(_names_of(place, second))
+    place.storage.write(f"{first.uri}/{kept[0]}", b"{}")
+    assert prune(place.store(), now=NOW).deleted == (first.id,)
+    assert _names_of(place, first) == ["PRUNED", "eval/planes-0011.json", "model-card.json"]
+
+
 def test_keeping_deletes_what_is_older_than_the_newest_kept_one_and_nothing_newer(folder):
     """A checkpoint committed after the plan was made is not in the plan, and must survive it."""
     refs = folder.save(1, 2, 3, 4, 5)

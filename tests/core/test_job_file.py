@@ -23,7 +23,7 @@ def test_a_job_with_its_suite_is_read():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("minNodes: 1", "minNodes: 3", "job.yaml: PretrainJob.spec.workers: minNodes 3 is above maxNodes 2"),
+        ("minNodes: 1", "minNodes: 3", "PretrainJob.spec.workers.minNodes: found 3. Allowed: at most maxNodes 2"),
         ("suiteRef: {name: planes}", "suiteRef: {name: plains}", "suiteRef.name: found 'plains'. Allowed: an object"),
         (
             "planes-knn/f1_macro",
@@ -86,6 +86,12 @@ def test_a_job_with_its_suite_is_read():
             "kind: EvalSweet",
             "found kind 'EvalSweet'. Allowed: PretrainJob, PretrainRuntime, EvalSuite",
         ),
+        ("keepLast: 2", "keepLast: 2, everySeconds: 0", "everySeconds: found 0. Allowed: a whole number > 0"),
+        (
+            "maxNodes: 2",
+            "maxNodes: 2, nodeSelector: {'a b': x}",
+            "spec.workers.nodeSelector.a b: found 'a b'. Allowed: a text at most 317 long matching ^",
+        ),
         ("keepLast: 2", "keepLast: 2, keepLast: 3", "job.yaml, line 10: key 'keepLast' is given twice"),
         ("maxNodes: 2", "maxNodes: [", "job.yaml, line"),
         ("keepBest: 1", "keepbest: 1", "spec.checkpoints.keepbest: unknown key; did you mean 'keepBest'?"),
@@ -95,6 +101,17 @@ def test_a_mistake_is_named_with_its_place(old, new, message):
     with pytest.raises(ContractError) as error:
         parse_job_file(JOB.replace(old, new), where="job.yaml")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("found", ["'5x'", "5"])
+def test_a_field_of_several_types_is_refused_in_one_line_that_allows_each(found):
+    text = JOB.replace("  workers:", f"  restartPolicy: {{stallAfter: {found}}}\n  workers:")
+    with pytest.raises(ContractError) as error:
+        parse_job_file(text, where="job.yaml")
+    assert str(error.value) == (
+        f"job.yaml: PretrainJob.spec.restartPolicy.stallAfter: found {found}. Allowed: auto or a text at most 32 long "
+        "matching ^([0-9]+(s|m|h|d))+$"
+    )
 
 
 @pytest.mark.parametrize(

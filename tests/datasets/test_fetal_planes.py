@@ -180,7 +180,7 @@ def test_identical_pictures_are_found_and_do_not_reach_two_splits(tmp_path: Path
 def test_a_wrong_table_is_refused_with_the_column_and_the_row(tmp_path: Path, refused: Callable[..., str]) -> None:
     root = tmp_path / "set"
     file = table(root / "FETAL_PLANES_DB_data.csv", FETAL_HEADER, [fetal_row(1, 1, "Other", 1)], ",")
-    assert "found the columns" in refused("fetal-planes", root)
+    assert "there is no column Image_name or Patient_num" in refused("fetal-planes", root)
     table(file, FETAL_HEADER, [fetal_row(1, 1, "Other", 1), fetal_row(2, 1, "Other", 2)], ";")
     assert "row 2: Train: found something that is neither 0 nor 1" in refused("fetal-planes", root)
     file.write_text(file.read_text().replace("Other;Not", "Elbow;Not"))
@@ -189,6 +189,16 @@ def test_a_wrong_table_is_refused_with_the_column_and_the_row(tmp_path: Path, re
     assert "found no file FETAL_PLANES_DB_data.csv" in refused("fetal-planes", root)
     table(file, FETAL_HEADER, [("../x", 1, "Other", "", "", "", 1)], ";")
     assert "row 1: Image_name: found something that is no plain file name" in refused("fetal-planes", root)
+
+
+def test_a_table_without_its_header_is_refused_without_quoting_its_first_line(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    table(tmp_path / "set" / "FETAL_PLANES_DB_data.csv", ("DOE^JANE", "MRN-4711"), [("DOE^JOHN", "MRN-4712")], ";")
+    said = refused("fetal-planes", tmp_path / "set")
+    assert "the first line has 2 cells; is it the header?" in said
+    assert "DOE" not in said
+    assert "MRN" not in said
 
 
 def test_a_missing_picture_is_refused_or_left_out(

@@ -158,6 +158,20 @@ def test_a_head_that_overflows_is_not_chosen(planted):
     assert finding.scores["balanced_accuracy"].value > 0.9
 
 
+def test_a_head_that_overflows_on_test_alone_is_chosen_all_the_same(planted):
+    """An image that overflows is not recognised as anything: half of the test images are lost, and half are right."""
+    problem = planted(6.0)
+    test = problem.inputs["cls"]["test"].copy()
+    test[::2] = np.inf
+    huge = Problem(problem.classes, {"cls": {**problem.inputs["cls"], "test": test}}, problem.targets, problem.groups)
+    plain, finding = (linear(p.only("cls"), epochs=2, resamples=0, seed=0, device=CPU) for p in (problem, huge))
+    assert finding.chosen == plain.chosen
+    assert finding.details["validation_balanced_accuracy"] == plain.details["validation_balanced_accuracy"]
+    assert len(finding.details["validation_balanced_accuracy"]) == len(LEARNING_RATES)
+    assert 0.5 < finding.scores["accuracy"].value < 0.8
+    assert 0.8 < finding.scores["auroc_macro"].value < 0.9, "1/2 + 1/2 x 3/4, where all is right but what is lost"
+
+
 @pytest.mark.parametrize("labels", [(0, 2), (0, 1, 2)])
 def test_logistic_regression_equals_scikit_learn_also_with_two_classes(labels):
     random = np.random.default_rng(0)

@@ -89,6 +89,7 @@ def test_workers_get_their_gpus_nodes_and_storage_from_the_runtime_and_the_job()
     assert environment["AWS_ENDPOINT_URL_S3"] == "https://s3.example.org"
     assert environment["AWS_SHARED_CREDENTIALS_FILE"] == "/etc/sonoforge/credentials/credentials"
     assert environment["SONOFORGE_HASH_KEY_FILE"] == "/etc/sonoforge/hash-key/key"
+    assert environment["SONOFORGE_IMAGE"] == container["image"]
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
     assert (job["spec"]["completions"], job["spec"]["completionMode"]) == (3, "Indexed")
     assert "--nodes=1:3" in container["command"]

@@ -112,3 +112,14 @@ def test_faults_of_the_source_quote_no_identifier(hospital: Path) -> None:
         assert b"Traceback" not in said
         for name in PLANTED:
             assert name not in said
+
+
+def test_the_first_line_of_a_csv_without_a_header_is_not_quoted(hospital: Path) -> None:
+    file = hospital / "list.csv"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    for columns in ((), ("--path-column", "file", "--patient-column", "mrn")):
+        code, said = _run(hospital, "build", "--csv", "list.csv", "--output", "other", *columns)
+        assert code == 64
+        assert b"the first line has 7 cells; is it a header" in said
+        for name in PLANTED:
+            assert name not in said

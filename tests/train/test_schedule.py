@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import threading
 import time
@@ -28,6 +29,20 @@ def test_a_checkpoint_after_every_step_waits_for_the_one_before_and_the_logs_go_
     assert here.committed() == [0, 1, 2, 3, 4, 5]
     assert here.logged_steps() == [1, 2, 3, 4, 5]
     assert here.logged_samples() == [(step, rank) for step in range(5) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("image", "named"),
+    [
+        ("registry:5000/trainer:1@sha256:" + "a" * 64, "sha256:" + "a" * 64),
+        ("registry:5000/trainer:1", "registry:5000/trainer:1"),
+    ],
+)
+def test_a_checkpoint_names_the_image_that_made_it(here, monkeypatch, image, named):
+    monkeypatch.setenv("SONOFORGE_IMAGE", image)
+    assert here.run_here(here.config(steps=1)) == ExitCode.OK
+    manifests = [json.loads(path.read_text()) for path in here.checkpoints.glob("*/*/manifest.json")]
+    assert [manifest["imageDigest"] for manifest in manifests] == [named, named]
 
 
 def test_what_is_due_while_the_one_before_still_uploads_is_left_out_and_its_logs_are_in_the_next(here):
@@ -87,6 +102,18 @@ def test_a_run_told_to_stop_saves_where_it_stands_and_goes_on_from_there_as_if_n
     shutil.move(here.checkpoints, tmp_path / "stopped")
     assert here.run_here(config) == ExitCode.OK
     assert [(r["loss"], r["lr"]) for r in here.log("metrics.jsonl")] == [(r["loss"], r["lr"]) for r in stopped]
+
+
+def test_corrupt_samples_are_counted_in_the_log_also_over_a_restart(here, spoil, tmp_path):
+    spoil(here.copy_shards(), 7)
+    config = here.config(steps=24, every=4)
+    assert here.run_here(config) == ExitCode.OK
+    counts = [record["corrupt_samples"] for record in here.log("metrics.jsonl")]
+    assert sum(counts) >= 1
+    shutil.move(here.checkpoints, tmp_path / "whole")
+    assert here.run_here(config, Told(stop=True)) == ExitCode.TERMINATED
+    assert here.run_here(config) == ExitCode.OK
+    assert [record["corrupt_samples"] for record in here.log("metrics.jsonl")] == counts
 
 
 def test_a_run_told_to_stop_in_its_last_steps_finishes(here):

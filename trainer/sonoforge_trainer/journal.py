@@ -56,6 +56,7 @@ class Journal:
         self._publisher = publisher
         self._facts = _Facts()
         self._means = Means()
+        self._corrupt = 0
         self._metrics, self._samples = CommittedLog(), CommittedLog()
         self._gpu, self._peak = Gpu(ranks.device), peak_flops(ranks.device)
         self._board = TensorBoard(None)
@@ -81,11 +82,13 @@ class Journal:
     def record(self, report: StepReport) -> None:
         """Take over the values of an ended step, and write a record where an interval is over.
 
-        Means are over the steps that changed something: one value that is not finite would hide all others.
+        Means are over the steps that changed something: one value that is not finite would hide all others. Corrupt
+        samples are those of the interval, so that records of all process groups add up.
         """
         facts, recipe = self._facts, self._config.training.recipe
         facts.finite, facts.skipped_steps = report.finite, report.skipped
         facts.corrupt_samples += report.corrupt
+        self._corrupt += report.corrupt
         facts.step_time = time.time()
         if self._ranks.rank != 0:
             return
@@ -96,7 +99,9 @@ class Journal:
             return
         means = self._means.take()
         facts.means = means or facts.means
-        record = {"step": done, "samples": done * recipe.global_batch} | means | self._measures(report)
+        counts = {"step": done, "samples": done * recipe.global_batch, "corrupt_samples": self._corrupt}
+        self._corrupt = 0
+        record = counts | means | self._measures(report)
         self._metrics.add(done, record)
         self._board.add(done, record)
         log.info("metrics", **record)

@@ -32,6 +32,7 @@ from sonoforge_trainer.checkpoint import (
 from sonoforge_trainer.checkpointing import Checkpointing
 from sonoforge_trainer.contract import (
     ENV_CONFIG,
+    ENV_IMAGE,
     ENV_STORE,
     Activity,
     CheckpointRef,
@@ -161,7 +162,7 @@ class Run:
         self._journal.publish(Activity.STARTING, self.step)
 
         self._state = TrainState(self.training, ranks.device)
-        identity = RunIdentity.of(config, self._manifest.dataset_digest)
+        identity = RunIdentity.of(config, self._manifest.dataset_digest, os.environ.get(ENV_IMAGE, ""))
         peers = Peers(ranks.rank, ranks.world_size, ranks.store, ranks.control)
         restored = self._restore(CheckpointStore(storage, config.checkpoints.uri, identity), peers, attempt)
         exits.callback(self._journal.close)

@@ -27,9 +27,7 @@ class Workers(Part):
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> Self:
         if self.min_nodes > self.max_nodes:
-            raise ValueError(
-                f"minNodes {self.min_nodes} is above maxNodes {self.max_nodes}; lower it or raise maxNodes"
-            )
+            refuse(Misfit("minNodes", self.min_nodes, f"at most maxNodes {self.max_nodes}"))
         return self
 
 

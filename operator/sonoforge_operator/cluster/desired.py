@@ -22,7 +22,7 @@ from sonoforge_operator.cluster.pods import CONFIG_FOLDER, REQUEST_FILE, Manifes
 from sonoforge_operator.limits import queue_of
 from sonoforge_operator.observed import Child
 from sonoforge_operator.resources import CheckpointSpec
-from sonoforge_trainer.contract import CheckpointRef, canonical_json
+from sonoforge_trainer.contract import ENV_IMAGE, CheckpointRef, canonical_json
 
 STORE_PORT, HTTP_PORT = 29400, 8080
 """Ports of the coordinator."""
@@ -214,7 +214,7 @@ def worker_job(job: ClusterJob, attempt: int, avoid_nodes: tuple[str, ...] = ())
         settings=runtime.workers,
         grace_seconds=WORKER_GRACE_SECONDS,
         gpus=gpus,
-        environment={"POD_IP": {"fieldRef": {"fieldPath": "status.podIP"}}},
+        environment={"POD_IP": {"fieldRef": {"fieldPath": "status.podIP"}}, ENV_IMAGE: job.image},
         node_selector=workers.node_selector,
         avoid_nodes=avoid_nodes,
         subdomain=names.workers,

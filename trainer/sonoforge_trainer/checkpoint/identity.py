@@ -27,11 +27,11 @@ class RunIdentity:
     data_digest: str
     """Digest of the data set."""
     image_digest: str = ""
-    """Digest of the container image; empty outside one."""
+    """Digest of the container image, or its name where that is not pinned; empty outside one."""
 
     @classmethod
-    def of(cls, run: RunConfig, data_digest: str, image_digest: str = "") -> RunIdentity:
-        """The identity of a run on the data set with this digest."""
+    def of(cls, run: RunConfig, data_digest: str, image: str = "") -> RunIdentity:
+        """The identity of a run on the data set with this digest, in the image with this name."""
         return cls(
             job=run.job,
             uid=run.uid,
@@ -39,7 +39,7 @@ class RunIdentity:
             virtual_ranks=run.training.recipe.virtual_ranks,
             config_digest=run.training.digest(),
             data_digest=data_digest,
-            image_digest=image_digest,
+            image_digest=image.partition("@")[2] or image,
         )
 
     def require(self, manifest: CheckpointManifest, uri: str) -> None:

@@ -1,8 +1,9 @@
 """Deleting the state of checkpoints that a plan no longer keeps, and what killed writers left behind.
 
-Only the state goes: the parts, the teacher, the manifest and COMMIT. The model card, the logs and everything below
-`eval/` stay, because the record of a run and its scores outlive the checkpoints they speak of. A PRUNED object is
-written first and holds the checkpoint's reference, so that a prune that is killed half-way can be finished by the next.
+Only the state goes: the parts, the teacher, its features that evaluations kept, the manifest and COMMIT. The model
+card, the logs and everything below `eval/` stay, because the record of a run and its scores outlive the checkpoints
+they speak of. A PRUNED object is written first and holds the checkpoint's reference, so that a prune that is killed
+half-way can be finished by the next.
 
 Multipart uploads that a killed writer left open are invisible here; a lifecycle rule of the bucket removes those.
 """
@@ -17,7 +18,7 @@ import structlog
 
 from sonoforge_trainer.checkpoint.errors import DamagedCheckpointError, UnknownCheckpointError
 from sonoforge_trainer.checkpoint.store import PRUNED, CheckpointStore, Prefix
-from sonoforge_trainer.contract import COMMIT, MANIFEST, QUARANTINE, TEACHER, CheckpointRef, parse_prefix
+from sonoforge_trainer.contract import COMMIT, FEATURES, MANIFEST, QUARANTINE, TEACHER, CheckpointRef, parse_prefix
 
 SWEEP_AFTER_SECONDS = 24 * 3600.0
 """How long an uncommitted prefix must have been given up before it is removed."""
@@ -110,8 +111,8 @@ def _verify_newer(store: CheckpointStore, committed: list[CheckpointRef], doomed
 
 
 def _state_objects(prefix: Prefix) -> list[str]:
-    """What a prune deletes, in order: COMMIT, so that it stops existing, the manifest, then the parts."""
-    parts = [name for name in sorted(prefix.objects) if name.startswith("state-") or name == TEACHER]
+    """What a prune deletes, in order: COMMIT, so that it stops existing, the manifest, then the parts and features."""
+    parts = [name for name in sorted(prefix.objects) if name.startswith(("state-", FEATURES)) or name == TEACHER]
     return [name for name in (COMMIT, MANIFEST) if name in prefix.objects] + parts
 
 

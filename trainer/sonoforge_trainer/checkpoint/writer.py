@@ -12,7 +12,6 @@ the rank that left out its part says so, and the checkpoint fails on all ranks i
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
 import time
@@ -43,7 +42,6 @@ from sonoforge_trainer.contract import (
     CheckpointRef,
     ModelCard,
     StoredObject,
-    canonical_json,
     checkpoint_prefix,
     parse_prefix,
 )
@@ -71,8 +69,6 @@ class Snapshot:
     """The teacher's backbone by plain DINOv2 name."""
     card: ModelCard
     """What the backbone expects."""
-    scalars: Mapping[str, Any] = field(default_factory=dict)
-    """Small JSON values of the training state that are not tensors."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Further objects that this rank writes, such as logs up to this step. No two ranks write the same name."""
 
@@ -102,7 +98,6 @@ class _Staged:
     step: int
     samples: int
     created: str
-    scalars: dict[str, Any]
     board: str
     """Where the ranks leave notes about this try."""
     files: Mapping[str, memoryview]
@@ -219,7 +214,6 @@ class CheckpointWriter:
         sizes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in snapshot.tensors.items()}
         teacher_bytes = sum(tensor.numel() * tensor.dtype.itemsize for tensor in snapshot.teacher.values())
         mine = deal(sizes, world_size, first_load=teacher_bytes)[rank]
-        scalars = json.loads(canonical_json(dict(snapshot.scalars)))  # a copy, and a fault here is the caller's to see
         files = {
             f"state-{rank:05d}-of-{world_size:05d}.safetensors": self._state_buffer.begin(
                 {name: snapshot.tensors[name] for name in mine}
@@ -236,7 +230,7 @@ class CheckpointWriter:
             if name in _RESERVED or name in views or not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"a file named {name!r} cannot be a part of a checkpoint; use another name")
             views[name] = memoryview(content)
-        return _Staged(snapshot.step, snapshot.samples, created, scalars, board, views)
+        return _Staged(snapshot.step, snapshot.samples, created, board, views)
 
     def _run(self, staged: _Staged, stall_seconds: float) -> None:
         """The upload thread."""
@@ -321,7 +315,6 @@ class CheckpointWriter:
             created=staged.created,
             objects=tuple(sorted(objects, key=lambda stored: stored.name)),
             previous=self._previous,
-            extra=staged.scalars,
         )
         if fault := manifest_fault(manifest):
             raise CheckpointFailedError(fault)

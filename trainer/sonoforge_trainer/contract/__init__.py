@@ -15,6 +15,7 @@ from sonoforge_trainer.contract.base import (
 from sonoforge_trainer.contract.baseline import FLOORS, Baseline
 from sonoforge_trainer.contract.checkpoint import (
     COMMIT,
+    FEATURES,
     IMPORTED,
     MANIFEST,
     METRICS,
@@ -79,6 +80,7 @@ from sonoforge_trainer.contract.exits import (
     ENV_ATTEMPT,
     ENV_CONFIG,
     ENV_HASH_KEY_FILE,
+    ENV_IMAGE,
     ENV_STORE,
     ENV_TERMINATION_LOG,
     ENV_TOKEN_FILE,
@@ -98,9 +100,11 @@ __all__ = [
     "ENV_ATTEMPT",
     "ENV_CONFIG",
     "ENV_HASH_KEY_FILE",
+    "ENV_IMAGE",
     "ENV_STORE",
     "ENV_TERMINATION_LOG",
     "ENV_TOKEN_FILE",
+    "FEATURES",
     "FLOORS",
     "IMPORTED",
     "MANIFEST",

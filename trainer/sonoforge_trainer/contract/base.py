@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 import annotated_types
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.alias_generators import to_camel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
@@ -62,6 +63,13 @@ class Part(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name
+        annotation = cls.model_fields[info.field_name].annotation
+        return _only_numbers(annotation, value) if _has_numbers(annotation) else value
 
     @classmethod
     def parse(cls, document: object, *, where: str = "", show_values: bool = True) -> Self:
@@ -141,17 +149,17 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _explain(model: type[BaseModel], error: ValidationError, where: str, show_values: bool) -> str:
     lines = []
     for fault in error.errors(include_url=False):
-        location = fault["loc"]
-        path = ".".join(str(part) for part in ((where,) if where else ()) + location) or model.__name__
+        place = _place(model, fault["loc"])
+        path = ".".join(str(part) for part in ((where,) if where else ()) + place.location) or model.__name__
         found = f"found {_short(fault['input'])}" if show_values else "found a value that is not shown here"
         match fault["type"]:
             case "extra_forbidden":
-                names = sorted(_known_keys(model, location[:-1]))
-                close = difflib.get_close_matches(str(location[-1]), names, n=1)
+                names = sorted(_place(model, fault["loc"][:-1]).keys)
+                close = difflib.get_close_matches(str(place.location[-1]), names, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 lines.append(f"{path}: unknown key{hint} Allowed: {', '.join(names)}")
             case "missing":
-                lines.append(f"{path}: required, but not given. Allowed: {_allowed(model, location) or 'any value'}")
+                lines.append(f"{path}: required, but not given. Allowed: {place.allowed or 'any value'}")
             case "misfit":
                 for misfit in fault["ctx"]["misfits"]:
                     value = f"found {_short(misfit.found)}" if show_values else "found a value that is not shown here"
@@ -161,9 +169,8 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str, show_va
             case "value_error":
                 lines.append(f"{path}: {fault['ctx']['error']} ({found})")
             case _:
-                allowed = _allowed(model, location) or fault["msg"]
-                lines.append(f"{path}: {found}. Allowed: {allowed}")
-    return "\n".join(lines)
+                lines.append(f"{path}: {found}. Allowed: {place.allowed or fault['msg']}")
+    return "\n".join(dict.fromkeys(lines))  # each type of a union has its own fault; told of the union, they are one
 
 
 def _short(value: object) -> str:
@@ -171,26 +178,58 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _field(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[Any, list[Any]] | None:
-    """The annotation and constraints of the field at a location, through nested models, lists and mappings."""
+class _Place(NamedTuple):
+    """A field of a document."""
+
+    location: tuple[int | str, ...]
+    """Its path."""
+    annotation: Any
+    """Its type, None where the model has no such field."""
+    constraints: tuple[Any, ...] = ()
+    """What its type has to fulfil besides."""
+
+    @property
+    def allowed(self) -> str:
+        """What it may hold; empty where that is not known."""
+        return "" if self.annotation is None else _allowed(self.annotation, self.constraints)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys that it may have."""
+        annotation = _alternatives(self.annotation)[0]
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return [field.alias or name for name, field in annotation.model_fields.items()]
+        return []
+
+
+def _place(model: type[BaseModel], location: tuple[int | str, ...]) -> _Place:
+    """The field of a fault, through nested models, lists and mappings.
+
+    It ends at a union of several types, and at a mapping's key: what pydantic adds there is in no document.
+    """
     annotation: Any = model
-    constraints: list[Any] = []
-    for part in location:
-        annotation = _strip_optional(annotation)
+    constraints: tuple[Any, ...] = ()
+    for depth, part in enumerate(location):
+        types_there = _alternatives(annotation)
+        if len(types_there) > 1:
+            return _Place(location[:depth], annotation, constraints)
+        annotation, _ = _unwrap(types_there[0])
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             for name, field in annotation.model_fields.items():
                 if part in (name, field.alias):
-                    annotation, constraints = field.annotation, list(field.metadata)
+                    annotation, constraints = field.annotation, tuple(field.metadata)
                     break
             else:
-                return None
+                return _Place(location, None)
         else:
             arguments = [a for a in typing.get_args(annotation) if a is not Ellipsis]
             if not arguments:
-                return None
+                return _Place(location, None)
+            if location[depth + 1 :] == ("[key]",):
+                return _Place(location[: depth + 1], arguments[0])
             index = part if isinstance(part, int) and typing.get_origin(annotation) is tuple else -1
-            annotation, constraints = _unwrap(arguments[min(index, len(arguments) - 1)])
-    return annotation, constraints
+            annotation, constraints = arguments[min(index, len(arguments) - 1)], ()
+    return _Place(location, annotation, constraints)
 
 
 def _unwrap(annotation: Any) -> tuple[Any, list[Any]]:
@@ -201,31 +240,59 @@ def _unwrap(annotation: Any) -> tuple[Any, list[Any]]:
     return inner, [c for extra in extras for c in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
 
 
-def _strip_optional(annotation: Any) -> Any:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        arguments = [a for a in typing.get_args(annotation) if a is not type(None)]
-        return arguments[0]
-    return annotation
+def _alternatives(annotation: Any) -> list[Any]:
+    """The types of a union, without None; of anything else itself."""
+    inner, _ = _unwrap(annotation)
+    if typing.get_origin(inner) in (typing.Union, types.UnionType):
+        return [a for a in typing.get_args(inner) if a is not type(None)]
+    return [annotation]
 
 
-def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    found = _field(model, location)
-    annotation = _strip_optional(found[0]) if found else None
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [field.alias or name for name, field in annotation.model_fields.items()]
-    return []
+class _NoNumber:
+    """A value that pydantic would convert to a number, and so refuses, at its place; it is shown as it was."""
+
+    def __init__(self, value: bool | str) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        return repr(self._value)
+
+
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+"""YAML 1.1 reads 1e-3 and 1.5e3 as texts."""
+
+
+def _has_numbers(annotation: Any) -> bool:
+    return any(
+        inner in (int, float)
+        or (typing.get_origin(inner) in (list, tuple, dict, Mapping) and any(map(_has_numbers, typing.get_args(inner))))
+        for inner, _ in map(_unwrap, _alternatives(annotation))
+    )
+
+
+def _only_numbers(annotation: Any, value: object) -> object:
+    """The value, where true, false and texts stand for no numbers, as they do in pydantic: `true` is not 1 second."""
+    types_there = [_unwrap(a)[0] for a in _alternatives(annotation)]
+    if all(a in (int, float) for a in types_there):
+        if isinstance(value, str) and float in types_there and _EXPONENT.fullmatch(value):
+            return float(value)
+        return _NoNumber(value) if isinstance(value, bool | str) else value
+    arguments = [a for a in typing.get_args(types_there[0]) if a is not Ellipsis]
+    if isinstance(value, list | tuple):
+        return [_only_numbers(arguments[min(i, len(arguments) - 1)], item) for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {key: _only_numbers(arguments[-1], item) for key, item in value.items()}
+    return value
 
 
 _SYMBOLS = {annotated_types.Ge: ">=", annotated_types.Gt: ">", annotated_types.Le: "<=", annotated_types.Lt: "<"}
 
 
-def _allowed(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    found = _field(model, location)
-    if found is None:
-        return ""
-    annotation, constraints = found
-    parts = [_type_name(annotation)]
-    for constraint in constraints:
+def _allowed(annotation: Any, constraints: Iterable[Any] = ()) -> str:
+    inner, own = _unwrap(annotation)
+    choices = _alternatives(inner)
+    parts = [_type_name(inner) if choices == [inner] else " or ".join(_allowed(choice) for choice in choices)]
+    for constraint in (*constraints, *own):
         for kind, symbol in _SYMBOLS.items():
             if isinstance(constraint, kind):
                 parts.append(f"{symbol} {getattr(constraint, kind.__name__.lower())}")
@@ -234,6 +301,8 @@ def _allowed(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
             parts.append(f"matching {pattern}")
         if isinstance(constraint, annotated_types.MinLen):
             parts.append(f"at least {constraint.min_length} long")
+        if isinstance(constraint, annotated_types.MaxLen):
+            parts.append(f"at most {constraint.max_length} long")
     return " ".join(parts)
 
 
@@ -242,7 +311,7 @@ def _type_name(annotation: Any) -> str:
     if origin is typing.Annotated:
         return _type_name(arguments[0])
     if origin is typing.Literal:
-        return "one of " + ", ".join(str(a) for a in arguments)
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(str(a) for a in arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_name(a) for a in arguments if a is not type(None))
     if origin in (list, tuple):

@@ -21,6 +21,8 @@ from sonoforge_trainer.contract.shards import Sha256
 
 MANIFEST, COMMIT, TEACHER, MODEL_CARD = "manifest.json", "COMMIT", "teacher.safetensors", "model-card.json"
 METRICS = "metrics.jsonl"
+FEATURES = "features-"
+"""Beginning of the names of features that evaluations keep beside a checkpoint."""
 QUARANTINE = "QUARANTINE"
 """Object that marks a checkpoint as damaged; its body says why. Nothing of a quarantined checkpoint is deleted."""
 IMPORTED = "imported"
@@ -116,7 +118,7 @@ class CheckpointManifest(Part):
     config_digest: Sha256
     """TrainConfig."""
     image_digest: str = ""
-    """Container image, where there is one."""
+    """Container image, where there is one: its digest, or the name it was given by where that is not pinned."""
     torch_version: str
     """torch that wrote it."""
     created: str
@@ -126,7 +128,7 @@ class CheckpointManifest(Part):
     previous: Sha256 | None = None
     """Digest of the manifest that this run continued from or wrote before: a chain."""
     extra: dict[str, Any] = {}
-    """Small values of the training state that are not tensors."""
+    """Small values beside the tensors, such as the mark of imported weights."""
 
 
 class CheckpointRef(Part):

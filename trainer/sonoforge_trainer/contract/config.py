@@ -263,11 +263,10 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _batch_fits_the_virtual_ranks(self) -> Self:
-        if self.global_batch % self.virtual_ranks:
-            raise ValueError(
-                f"globalBatch {self.global_batch} is not a multiple of virtualRanks {self.virtual_ranks}; "
-                f"use {self.global_batch - self.global_batch % self.virtual_ranks or self.virtual_ranks}"
-            )
+        batch, ranks = self.global_batch, self.virtual_ranks
+        if batch % ranks:
+            nearest = batch - batch % ranks or ranks
+            refuse(Misfit("globalBatch", batch, f"a multiple of virtualRanks {ranks}, for example {nearest}"))
         return self
 
     @model_validator(mode="after")
@@ -325,19 +324,18 @@ class TrainConfig(Part):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        model, data, crops = self.model, self.data, self.recipe.crops
+        patch, channels, data, crops = self.model.patch_size, self.model.in_channels, self.data, self.recipe.crops
+        misfits = []
         for name, size in (("globalSize", crops.global_size), ("localSize", crops.local_size)):
-            if size % model.patch_size:
-                raise ValueError(
-                    f"recipe.crops.{name} {size} is not a multiple of model.patchSize {model.patch_size}; "
-                    f"use {max(1, round(size / model.patch_size)) * model.patch_size}"
-                )
+            if size % patch:
+                nearest = max(1, round(size / patch)) * patch
+                allowed = f"a multiple of model.patchSize {patch}, for example {nearest}"
+                misfits.append(Misfit(f"recipe.crops.{name}", size, allowed))
         for name, values in (("mean", data.mean), ("std", data.std)):
-            if len(values) != model.in_channels:
-                raise ValueError(
-                    f"data.{name} has {len(values)} values for model.inChannels {model.in_channels}; "
-                    "give one for each channel"
-                )
+            if len(values) != channels:
+                allowed = f"one number for each of model.inChannels {channels}"
+                misfits.append(Misfit(f"data.{name}", list(values), allowed))
+        refuse(*misfits)
         return self
 
     @model_validator(mode="after")

@@ -66,7 +66,7 @@ class Progress(Part):
     teacher_entropy: float | None = None
     """Entropy of the teacher's targets in nats; near 0 or near log K is collapse."""
     corrupt_samples: int = 0
-    """Samples that could not be decoded and were replaced."""
+    """Samples that this process group could not decode and replaced; records of the log add up to the run's."""
     median_step_seconds: float = 0.0
     """Median step time."""
     restored_step: int | None = None

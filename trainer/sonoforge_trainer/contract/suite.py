@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from sonoforge_trainer.contract.base import ContractError, Part, load_yaml_documents
+from sonoforge_trainer.contract.base import ContractError, Misfit, Part, load_yaml_documents, refuse
 from sonoforge_trainer.contract.baseline import FLOORS, Baseline
 from sonoforge_trainer.contract.evaluation import Evaluation, EvaluationRequest, Protocol
 
@@ -25,22 +25,28 @@ class EvalSuiteSpec(Part):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
+        misfits = []
         for what, names in (
             ("evaluations", [e.name for e in self.evaluations]),
             ("baselines", [b.name for b in self.baselines]),
         ):
-            double = sorted({n for n in names if names.count(n) > 1})
-            if double:
-                raise ValueError(f"two {what} are called {double[0]}; give each its own name")
+            for number, name in enumerate(names):
+                if name in names[:number]:
+                    allowed = f"a name of its own, {what}.{names.index(name)} has this one"
+                    misfits.append(Misfit(f"{what}.{number}.name", name, allowed))
+        refuse(*misfits)
         return self
 
     @model_validator(mode="after")
     def _baselines_differ(self) -> Self:
-        known: dict[str, str] = {}
-        for baseline in self.baselines:
-            if baseline.id in known:
-                raise ValueError(f"baselines {known[baseline.id]} and {baseline.name} are the same; remove one")
-            known[baseline.id] = baseline.name
+        ids = [baseline.id for baseline in self.baselines]
+        refuse(
+            *(
+                Misfit(f"baselines.{number}", self.baselines[number].name, f"a model other than baselines.{first}")
+                for number, first in enumerate(map(ids.index, ids))
+                if first < number
+            )
+        )
         return self
 
 

@@ -33,9 +33,10 @@ def read_table(file: Path, columns: Sequence[str], delimiter: str = ",") -> Data
     names = [name.strip() for name in header]
     missing = [column for column in columns if column not in names]
     if missing:
+        # What was found is not quoted: the first line of a file without a header is a patient's.
         raise SourceError(
-            f"{file.name}: found the columns {', '.join(names)}, and no {' or '.join(missing)}; "
-            "give the table as it was published"
+            f"{file.name}: there is no column {' or '.join(missing)}; the first line has {len(names)} cells; is it the "
+            "header? Give the table as it was published"
         )
     for number, line in enumerate(body, 1):
         if len(line) != len(header):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import structlog
 from safetensors.numpy import load, save
 
-from sonoforge_trainer.contract import canonical_json
+from sonoforge_trainer.contract import FEATURES, canonical_json
 from sonoforge_trainer.evaluate.features import FeatureSet
 from sonoforge_trainer.evaluate.once import write_first
 from sonoforge_trainer.storage import IntegrityError, ObjectNotFoundError, Storage
@@ -38,7 +38,7 @@ class FeatureCache:
         parts = [VERSION, checkpoint_digest, dataset_digest, resolution]
         key = hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:16]
         self._storage, self._prefix = storage, checkpoint_uri
-        self._base = f"{checkpoint_uri}/features-{key}"
+        self._base = f"{checkpoint_uri}/{FEATURES}{key}"
 
     def load(self) -> FeatureSet | None:
         """The features, or None where there are none that are sound."""

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -159,7 +159,9 @@ def read_csv(file: Path, root: Path, columns: Columns, delimiter: str = ",") -> 
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, delimiter=delimiter)
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            _check_columns((columns.path, *columns.named), reader.fieldnames)
+            cells = len(reader.fieldnames)
+            hint = f"the first line has {cells} cells; is it a header, and is --delimiter right?"
+            _check_columns((columns.path, *columns.named), reader.fieldnames, hint)
             for number, found in enumerate(reader, 1):
                 if None in found or None in found.values():
                     raise SourceError(f"row {number}: not as many cells as the header has; is --delimiter right?")
@@ -252,7 +254,7 @@ def read_webdataset(uri: str, columns: Columns, storage: Storage) -> list[Row]:
                 if image is None:
                     continue
                 values = _fields(file, parts.get("json"), number)
-                _check_columns(columns.named, values.keys(), f"sample {number}: ")
+                _check_columns(columns.named, values.keys(), f"the JSON of sample {number} has {len(values)} fields")
                 if columns.wanted(values):
                     mask = parts.get("mask.png")
                     rows.append(
@@ -369,11 +371,11 @@ def file_location(path: Path) -> Location:
     return Location(str(path), f"{state.st_size}:{state.st_mtime_ns}")
 
 
-def _check_columns(wanted: Iterable[str], found: Iterable[str], where: str = "") -> None:
-    there = list(found)
+def _check_columns(wanted: Iterable[str], found: Collection[str], hint: str) -> None:
+    """What was found is not quoted: the first line of a file without a header is a patient's."""
     for name in wanted:
-        if name not in there:
-            raise SourceError(f"{where}there is no column {name!r}; there are: {', '.join(there)}")
+        if name not in found:
+            raise SourceError(f"there is no column {name!r}; {hint}")
 
 
 def _some(rows: list[Row]) -> list[Row]:
