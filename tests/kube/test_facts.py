@@ -128,6 +128,22 @@ def test_of_the_pods_of_an_index_the_first_uncounted_end_is_told_then_the_newest
     assert facts(gone, counted, T0)["worker-002-0000-002"].identity == "c"
 
 
+def test_a_pod_that_is_leaving_is_one_loss_though_its_successor_is_there_before_its_end():
+    """A Job makes the next pod when one is deleted, not when it has ended."""
+    leaving = pod("job-1", 0, uid="a", deleted="2026-01-01T00:02:00Z")
+    left = pod("job-1", 0, uid="a", phase="Failed", state=ended(143), deleted="2026-01-01T00:02:00Z")
+    waiting = pod("job-1", 0, uid="b", phase="Pending", state={}, created="2026-01-01T00:00:10Z")
+    status = JobStatus()
+    told = []
+    for pods in ((leaving,), (leaving, waiting), (left, waiting)):
+        fact = facts(Objects((worker_job(),), pods), status, T0 + 20)["worker-001-0000-000"]
+        told.append((fact.identity, fact.running))
+    assert told == [("a", True), ("a", True), ("a", False)]
+    counted = status.model_copy(update={"worker_deaths": (1,), "worker_lost": ("a",), "worker_lost_created": (T0,)})
+    for pods in ((left, waiting), (waiting,)):
+        assert facts(Objects((worker_job(),), pods), counted, T0 + 20)["worker-001-0000-001"].identity == "b"
+
+
 def test_a_pod_that_was_counted_stays_counted_when_the_object_of_a_later_one_is_gone():
     """Evicted pods stay, drained ones go: the end of the evicted one is no news then."""
     evicted = pod("job-1", 0, uid="z", phase="Failed", state=ended(143))

@@ -119,8 +119,9 @@ def _workers(job: Document, pods: list[Document], status: JobStatus, now: float)
         name = worker_name(attempt, index, deaths)
         found = [pod_fact(pod, name, now) for pod in fresh]
         if found:
-            # What ended is told first, so that nothing that failed goes unnoticed once it is replaced.
-            yield next((fact for fact in found if not fact.running), found[-1])
+            # What ended is told first, so that nothing that failed goes unnoticed once it is replaced. A pod that is
+            # leaving has a successor before its end, and is the node until then: the two are one loss.
+            yield next((fact for fact in found if not fact.running), found[0])
 
 
 def _newer(pods: list[Document], counted: tuple[float, str]) -> list[Document]:
