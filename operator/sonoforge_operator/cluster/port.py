@@ -79,6 +79,8 @@ class ClusterPort:
         deployed = self._store.get(DEPLOYMENTS.name, job.names.key.namespace, job.names.coordinator)
         # One that is not ready would only be waited for.
         ready = bool(deployed and (deployed.get("status") or {}).get("readyReplicas"))
+        if not ready:
+            self._coordinators.forget(job.names.uid)
         progress = await self._coordinators.progress(job.names) if ready else None
         return Observed(status=status, children=children, progress=believable(progress, job) if progress else None)
 
@@ -94,6 +96,7 @@ class ClusterPort:
         """Forget what was decided for a job: it is gone, or somebody else wrote its status."""
         self._memory.pop(uid, None)
         self._sent.pop(uid, None)
+        self._coordinators.forget(uid)
 
     # --- record -------------------------------------------------------------------------------------------------------
 
