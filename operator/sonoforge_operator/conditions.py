@@ -27,7 +27,7 @@ def conditions(
     facts: list[_Fact] = [
         ("Accepted", True, "Valid", "the job can run"),
         ("Queued", waiting_for_queue, "WaitingForQueue" if waiting_for_queue else "NotWaiting", ""),
-        _scheduled(job, workers, outcome),
+        _scheduled(job, workers, outcome, observed.refused),
         _rendezvoused(observed.progress, running),
         _training(job, status, observed, stall, now) if running and outcome is None else _not_training(outcome),
         ("Stalled", stall is not None, stall.reason if stall else "Stepping", stall.message if stall else ""),
@@ -70,7 +70,7 @@ def _end(result: str, status: JobStatus, otherwise: str) -> _Fact:
     return result, status.terminal, outcome.reason, outcome.message
 
 
-def _scheduled(job: JobFile, workers: list[ChildFact], outcome: Outcome | None) -> _Fact:
+def _scheduled(job: JobFile, workers: list[ChildFact], outcome: Outcome | None, refused: str) -> _Fact:
     working, wanted = sum(f.works for f in workers), job.job.spec.workers
     message = f"{working} nodes run, {wanted.min_nodes} to {wanted.max_nodes} are wanted"
     if working >= wanted.min_nodes:
@@ -80,6 +80,8 @@ def _scheduled(job: JobFile, workers: list[ChildFact], outcome: Outcome | None) 
     waiting = next((f for f in workers if f.waiting), None)
     if waiting:
         return "Scheduled", False, waiting.waiting, f"{message}: {waiting.waiting_message}".rstrip(": ")
+    if refused:
+        return "Scheduled", False, "Refused", f"{message}; the API server refused what they need: {refused}"
     return "Scheduled", False, "Starting" if workers else "NoWorkers", message
 
 
