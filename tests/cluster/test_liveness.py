@@ -24,6 +24,7 @@ BOUNDED = {"cause", "kind", "result", "reason", "phase", "le"}
 """Labels whose values are words of the operator's own."""
 OF_THE_OPERATOR = {
     "sonoforge_reconcile_seconds",
+    "sonoforge_reconcile_whole_seconds",
     "sonoforge_reconcile_failures",
     "sonoforge_queue_depth",
     "sonoforge_queue_oldest_seconds",

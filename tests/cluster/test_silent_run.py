@@ -167,6 +167,9 @@ def test_a_pass_that_hangs_is_told_from_one_that_waits_for_its_turn(control_plan
                 assert silent.reconciler.longest < hung + 0.5
             await waits
             assert silent.reconciler.longest == 0.0
+            took = silent.reconciler._metrics.registry.get_sample_value
+            passes, whole = took("sonoforge_reconcile_seconds_sum"), took("sonoforge_reconcile_whole_seconds_sum")
+            assert whole - passes >= 0.9, "the metrics tell its wait for a turn from the rest"
 
     asyncio.run(story())
 

@@ -55,7 +55,7 @@ def time_to_live(manifest: Mapping[str, Any], finished: float) -> float:
 
 
 class _Stopwatch:
-    """Seconds since it was made, without its pauses."""
+    """Seconds since it was made, with its pauses and without."""
 
     def __init__(self) -> None:
         self._began, self._paused = time.monotonic(), 0.0
@@ -65,6 +65,10 @@ class _Stopwatch:
     def seconds(self) -> float:
         until = time.monotonic() if self._pause_began is None else self._pause_began
         return until - self._began - self._paused
+
+    @property
+    def with_pauses(self) -> float:
+        return time.monotonic() - self._began
 
     async def pause(self, awaited: Awaitable[object]) -> None:
         """Wait for something on nobody's account."""
@@ -134,6 +138,7 @@ class Reconciler:
         finally:
             del self._going_on[key]
             self._metrics.pass_seconds.observe(timed.seconds)
+            self._metrics.whole_seconds.observe(timed.with_pauses)
 
     async def _pass(self, key: Key, timed: _Stopwatch) -> float | None:
         manifest = self._store.get(JOBS.name, key.namespace, key.name)
