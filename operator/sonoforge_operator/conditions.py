@@ -5,9 +5,9 @@ from __future__ import annotations
 from sonoforge_operator.api import JobFile
 from sonoforge_operator.children import newest_start
 from sonoforge_operator.observed import ChildFact, Observed
-from sonoforge_operator.rules import Stall
+from sonoforge_operator.rules import Stall, collapse
 from sonoforge_operator.status import Condition, JobStatus, Outcome, Phase
-from sonoforge_trainer.contract import Activity, Progress
+from sonoforge_trainer.contract import Activity, Progress, split_score
 
 _NEWS_SECONDS = 30.0
 """How long the last news holds while a coordinator is replaced."""
@@ -32,6 +32,7 @@ def conditions(
         _training(job, status, observed, stall, now) if running and outcome is None else _not_training(outcome),
         ("Stalled", stall is not None, stall.reason if stall else "Stepping", stall.message if stall else ""),
         ("Evaluating", bool(waiting), "Backlog" if waiting else "UpToDate", f"{len(waiting)} evaluations to do"),
+        _collapsed(job, status),
         ("Suspended", suspended, "Asked" if suspended else "NotAsked", ""),
         _end("Succeeded", status, "NotYet"),
         _end("Failed", status, "NoFailure"),
@@ -108,6 +109,20 @@ def _training(job: JobFile, status: JobStatus, observed: Observed, stall: Stall 
     if silent and now - known.updated > _NEWS_SECONDS:
         return "Training", None, "Unreachable", f"last known: {message}"
     return "Training", True, str(known.activity), message
+
+
+def _collapsed(job: JobFile, status: JobStatus) -> _Fact:
+    """Step 0 has not trained. Of several evaluations of a checkpoint the one that looks best counts."""
+    ranks = []
+    for checkpoint in sorted(status.checkpoints, key=lambda c: c.ref.step):
+        scores = [(n, s.value) for e in checkpoint.evaluations for n, s in e.scores.items()]
+        known = [value for name, value in scores if split_score(name)[2] == "rankme"]
+        if known and checkpoint.ref.step:
+            ranks.append(max(known))
+    found = collapse(status.progress, ranks, job.job.spec.training.recipe.head.prototypes)
+    if found is None:
+        return "Collapsed", None, "NotMeasured", ""
+    return "Collapsed", bool(found), "AllAlike" if found else "Varied", found
 
 
 def _not_training(outcome: Outcome | None) -> _Fact:

@@ -43,6 +43,7 @@ class Condition(Part):
         "Training",
         "Stalled",
         "Evaluating",
+        "Collapsed",
         "Suspended",
         "Succeeded",
         "Failed",
