@@ -110,7 +110,7 @@ def test_a_job_ends_in_time_although_lists_and_watches_are_refused(world):
 
 
 def test_an_operator_whose_watches_are_refused_for_good_ends_and_the_next_one_goes_on(world):
-    """No API server answers a read with 409, and kopf gives up on one that does: the kubelet starts another container."""
+    """No API server answers a read with 409, and kopf gives up on one that does: the kubelet starts another."""
     world.operator.kill()
     with world.proxy.wrong(refuse_reads={409: 1.0}, only="^/apis/sonoforge.dev/v1alpha1$"):
         world.operator.start()
