@@ -95,6 +95,10 @@ real: $(VENV)/ready ## The main job on the real ultrasound images beside the che
 chaos: $(VENV)/ready ## 50 random kills of every process of a run, by seed, and the recovery times
 	$(BIN)/python benchmarks/chaos.py
 
+.PHONY: crash-points
+crash-points: $(VENV)/ready cluster-programs ## At how many writes the operator is killed, in each scenario
+	$(BIN)/pytest -q -rP tests/cluster/test_crashes.py | grep 'crash points'
+
 .PHONY: chaos-cluster
 chaos-cluster: $(VENV)/ready cluster-programs cluster-packages ## Faults on three real nodes while a job trains; writes docs/chaos.md
 	$(BIN)/python tests/cluster/node_faults.py --write

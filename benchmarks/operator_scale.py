@@ -189,13 +189,13 @@ def wait(condition: Callable[[], bool], seconds: float) -> float:
     return time.monotonic() - began
 
 
-def percentile(metrics: dict[str, float], share: float) -> float:
+def percentile(metrics: dict[str, float], share: float, histogram: str = "sonoforge_reconcile_seconds") -> float:
     """Upper bound of the bucket of pass times that holds the percentile, in seconds."""
-    prefix = 'sonoforge_reconcile_seconds_bucket{le="'
+    prefix = f'{histogram}_bucket{{le="'
     buckets = sorted(
         (float(n.removeprefix(prefix).rstrip('"}')), v) for n, v in metrics.items() if n.startswith(prefix)
     )
-    total = metrics["sonoforge_reconcile_seconds_count"]
+    total = metrics[f"{histogram}_count"]
     return next(bound for bound, count in buckets if count >= share * total)
 
 
@@ -233,9 +233,19 @@ def converge(
     began = time.monotonic()
     objects.create(_JOBS, [job(number) for number in range(jobs)])
     found["jobs created"] = time.monotonic() - began
-    wait(lambda: objects.count(_CHILDREN) >= jobs and objects.count(_DEPLOYMENTS) >= jobs, 600)
+    ages: list[float] = []
+
+    def made() -> bool:
+        ages.append(process.metrics()["sonoforge_queue_oldest_seconds"])
+        return objects.count(_CHILDREN) >= jobs and objects.count(_DEPLOYMENTS) >= jobs
+
+    def converged() -> bool:
+        ages.append(process.metrics()["sonoforge_queue_oldest_seconds"])
+        return running(process) >= jobs
+
+    wait(made, 600)
     found[f"children of {jobs:,} jobs applied"] = time.monotonic() - began
-    wait(lambda: running(process) >= jobs, 1200)
+    wait(converged, 1200)
     found[f"{jobs:,} jobs converged"] = time.monotonic() - began
     for name, pid in programs_of.items():
         found[f"  processor seconds of {name}"] = processor_seconds(pid) - used[name]
@@ -247,6 +257,8 @@ def converge(
     found[f"resident memory at {jobs:,} jobs"] = resident(process)
     metrics = process.metrics()
     found["99th percentile of a pass"] = percentile(metrics, 0.99)
+    found["  with its wait for a turn"] = percentile(metrics, 0.99, "sonoforge_reconcile_whole_seconds")
+    found["longest wait of a job in the queue or a pass"] = max(ages)
     found["passes a job"] = metrics["sonoforge_reconcile_seconds_count"] / jobs
     writes = plane.writes(f"system:serviceaccount:{NAMESPACE}:sonoforge-operator")
     found["API writes a job, to converge"] = sum(writes.values()) / jobs

@@ -13,9 +13,9 @@ from sonoforge_operator.children import (
     retention_name,
 )
 from sonoforge_operator.observed import ChildFact, Observed
-from sonoforge_operator.rules import Stall
+from sonoforge_operator.rules import Stall, collapse
 from sonoforge_operator.status import Condition, JobStatus, Outcome, Phase
-from sonoforge_trainer.contract import Activity, Progress
+from sonoforge_trainer.contract import Activity, Progress, split_score
 
 _NEWS_SECONDS = 30.0
 """How long the last news holds while a coordinator is replaced."""
@@ -33,11 +33,12 @@ def conditions(
     facts: list[_Fact] = [
         ("Accepted", True, "Valid", "the job can run"),
         ("Queued", waiting_for_queue, "WaitingForQueue" if waiting_for_queue else "NotWaiting", ""),
-        _scheduled(job, workers, outcome),
+        _scheduled(job, workers, outcome, observed.refused),
         _rendezvoused(observed.progress, running),
         _training(job, status, observed, stall, now) if running and outcome is None else _not_training(outcome),
         ("Stalled", stall is not None, stall.reason if stall else "Stepping", stall.message if stall else ""),
         _evaluating(status, observed),
+        _collapsed(job, status),
         ("Suspended", suspended, "Asked" if suspended else "NotAsked", ""),
         _end("Succeeded", status, "NotYet"),
         _end("Failed", status, "NoFailure"),
@@ -76,7 +77,7 @@ def _end(result: str, status: JobStatus, otherwise: str) -> _Fact:
     return result, status.terminal, outcome.reason, outcome.message
 
 
-def _scheduled(job: JobFile, workers: list[ChildFact], outcome: Outcome | None) -> _Fact:
+def _scheduled(job: JobFile, workers: list[ChildFact], outcome: Outcome | None, refused: str) -> _Fact:
     working, wanted = sum(f.works for f in workers), job.job.spec.workers
     message = f"{working} nodes run, {wanted.min_nodes} to {wanted.max_nodes} are wanted"
     if working >= wanted.min_nodes:
@@ -86,6 +87,8 @@ def _scheduled(job: JobFile, workers: list[ChildFact], outcome: Outcome | None) 
     waiting = held_up(workers)
     if waiting:
         return "Scheduled", False, waiting.waiting, f"{message}: {waiting.waiting_message}".rstrip(": ")
+    if refused:
+        return "Scheduled", False, "Refused", f"{message}; the API server refused what they need: {refused}"
     return "Scheduled", False, "Starting" if workers else "NoWorkers", message
 
 
@@ -127,6 +130,20 @@ def _evaluating(status: JobStatus, observed: Observed) -> _Fact:
     if held and held.waiting != "Starting":
         return "Evaluating", bool(left), held.waiting, f"{message}; {held.name}: {held.waiting_message}".rstrip(": ")
     return "Evaluating", bool(left), "Backlog" if left else "UpToDate", message
+
+
+def _collapsed(job: JobFile, status: JobStatus) -> _Fact:
+    """Step 0 has not trained. Of several evaluations of a checkpoint the one that looks best counts."""
+    ranks = []
+    for checkpoint in sorted(status.checkpoints, key=lambda c: c.ref.step):
+        scores = [(n, s.value) for e in checkpoint.evaluations for n, s in e.scores.items()]
+        known = [value for name, value in scores if split_score(name)[2] == "rankme"]
+        if known and checkpoint.ref.step:
+            ranks.append(max(known))
+    found = collapse(status.progress, ranks, job.job.spec.training.recipe.head.prototypes)
+    if found is None:
+        return "Collapsed", None, "NotMeasured", ""
+    return "Collapsed", bool(found), "AllAlike" if found else "Varied", found
 
 
 def _not_training(outcome: Outcome | None) -> _Fact:

@@ -78,6 +78,8 @@ class Observed:
     """Children by name."""
     progress: Progress | None = None
     """What the coordinator answered just now; None where it did not."""
+    refused: str = ""
+    """Why the children that were asked for last could not be made; empty where they could."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,13 +21,13 @@ _BY_CODE: dict[int, End] = {
     ExitCode.DATA: "data",
     ExitCode.STORAGE: "storage",
     ExitCode.OUT_OF_MEMORY: "memory",
+    ExitCode.HARDWARE: "hardware",
     ExitCode.NOT_FINITE: "not-finite",
     ExitCode.TERMINATED: "infrastructure",
 }
 _BY_REASON: dict[str, End] = {
     "OOMKilled": "memory",
     "UnexpectedAdmissionError": "hardware",
-    "OutOfnvidia.com/gpu": "hardware",
     "Evicted": "infrastructure",
     "NodeLost": "infrastructure",
     "NodeShutdown": "infrastructure",
@@ -43,6 +45,9 @@ _KILLED = 137
 """Exit code of a process that SIGKILL ended, as containers have it: where nobody says why, it came from outside."""
 INNOCENT: tuple[End, ...] = ("collective", "hardware")
 """A group that lost its nodes did nothing wrong; every other restart has to bring the run forward."""
+_NO_DEVICE = re.compile(r"OutOf\S+/\S+")
+"""The kubelet has not the device that the scheduler counted on. Names of devices have a slash, those of cpu and memory
+none; a pod asks for no other device than the runtime's accelerator."""
 _DATA_RESTARTS, _MEMORY_RESTARTS, _NOT_FINITE_RESTARTS = 3, 1, 1
 _CHECKPOINT_PATIENCE_SECONDS = 3900.0
 """The trainer itself gives a checkpoint up after an hour."""
@@ -73,8 +78,9 @@ def classify(fact: ChildFact) -> Failure:
         return Failure("finished", "")
     if fact.disruption:
         return Failure("infrastructure", f"the pod was taken away: {fact.disruption}")
-    if fact.reason in _BY_REASON:
-        return Failure(_BY_REASON[fact.reason], f"{fact.reason}{f' on {fact.node}' if fact.node else ''}")
+    platform = "hardware" if _NO_DEVICE.fullmatch(fact.reason) else _BY_REASON.get(fact.reason)
+    if platform:
+        return Failure(platform, f"{fact.reason}{f' on {fact.node}' if fact.node else ''}")
     if said and cause and cause != "terminated":
         where = f" at step {said.step}" if said.step is not None else ""
         return Failure(cause, f"{said.exception or cause}{where}: {said.message}".rstrip(": "))
@@ -331,6 +337,35 @@ def _silent_for_long(facts: StallFacts) -> bool:
 
 def _startup(policy: RestartPolicy) -> float:
     return float(seconds(policy.startup_deadline))
+
+
+# --- collapse ---------------------------------------------------------------------------------------------------------
+
+_COLLAPSED_RANK, _COLLAPSED_IN_A_ROW = 1.5, 2
+"""RankMe lies between 1 and the dimension (arXiv 2210.02885); features that are all alike have 1. Twice in a row, so
+that one odd evaluation is none."""
+_COLLAPSED_NATS = 0.01
+"""The teacher's entropy is 0 where one prototype takes everything and ln(prototypes) where all are equal (arXiv
+2104.14294, section 5.3). So near to either is only what has collapsed: logits of a fresh head deviate by 0.9 or more at
+the usual temperatures, which takes 0.4 nats off ln(prototypes)."""
+
+
+def collapse(progress: Progress | None, ranks: Sequence[float], prototypes: int) -> str | None:
+    """What tells that the teacher has collapsed, in a sentence; empty where nothing does, None where nothing is known.
+
+    `ranks` is RankMe of trained checkpoints, oldest first.
+    """
+    entropy = progress.teacher_entropy if progress else None
+    newest = ranks[-_COLLAPSED_IN_A_ROW:]
+    if len(newest) == _COLLAPSED_IN_A_ROW and max(newest) < _COLLAPSED_RANK:
+        return (
+            f"RankMe of the newest {len(newest)} checkpoints is below {_COLLAPSED_RANK}: their features are all alike"
+        )
+    if entropy is not None and entropy < _COLLAPSED_NATS:
+        return f"the teacher's entropy is {entropy:.4f} nats: one prototype takes everything"
+    if entropy is not None and abs(math.log(prototypes) - entropy) < _COLLAPSED_NATS:
+        return f"the teacher's entropy is {entropy:.4f} nats, as if all {prototypes} prototypes were equal"
+    return None if entropy is None and not ranks else ""
 
 
 # --- early stopping ---------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ ConditionType = Literal[
     "Training",
     "Stalled",
     "Evaluating",
+    "Collapsed",
     "Suspended",
     "Succeeded",
     "Failed",

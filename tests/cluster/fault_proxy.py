@@ -26,6 +26,8 @@ class Faults:
 
     refuse: dict[int, float] = field(default_factory=dict)
     """Share of writes that are refused, by HTTP status."""
+    refuse_reads: dict[int, float] = field(default_factory=dict)
+    """Share of gets, lists and watches that are refused, by HTTP status."""
     lose: float = 0.0
     """Share of writes that are carried out and whose answer is lost."""
     cut_watch_seconds: float | None = None
@@ -41,7 +43,7 @@ class Faults:
     hold: str | None = None
     """Writes to paths that match this expression are neither passed on nor answered, as long as this lasts."""
     only: str = ""
-    """Refusals are of writes to paths that match this expression alone."""
+    """Refusals are of requests to paths that match this expression alone."""
 
 
 class FaultProxy:
@@ -116,10 +118,12 @@ class FaultProxy:
             self.counts["held"] += 1
             while self.faults is faults:  # or until the visitor gives up
                 await asyncio.sleep(0.05)
-        if write and re.search(faults.only, request.path):
-            for status, share in faults.refuse.items():
+        if re.search(faults.only, request.path):
+            kind = "write" if write else "watch" if watch else "read"
+            for status, share in (faults.refuse if write else faults.refuse_reads).items():
                 if self._draw.random() < share:
                     self.counts[f"refused {status}"] += 1
+                    self.counts[f"refused {kind}"] += 1
                     return _refusal(status)
         if watch and self._draw.random() < faults.gone:
             self.counts["gone"] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from components import wait_for
 from operators import OperatorProcess, apply_crds, grant
 from played import Played, Switchboard
 
@@ -107,21 +107,45 @@ def test_a_job_is_applied_trained_evaluated_and_succeeds(operator, played, kubec
     assert not played.errors, played.errors
 
 
-def test_a_finished_job_makes_no_children_again_when_its_operator_starts_anew(operator, played, kubectl):
-    """kubeflow/trainer #2991 and #3779: a finished job is recreated."""
-    before = {j["metadata"]["uid"] for j in get(kubectl, "jobs")["items"]}
+def test_kubeflow_trainer_2991_a_finished_job_is_not_begun_anew(operator, played, kubectl):
+    """Neither by a new operator, nor by a change of what it is made of."""
+    before, status = jobs_of(kubectl), get(kubectl, "pj", "fetal")["status"]
+    assert before
     operator.kill()
     operator.start()
     operator.wait_until_ready()
-    kubectl("annotate", "pj", "fetal", "touched=yes")
-    kubectl(
-        "apply",
-        "--filename=-",
-        stdin=yaml.safe_dump(
-            {**yaml.safe_load(JOB.split("---")[2]), "metadata": {"name": "planes", "labels": {"a": "b"}}}
-        ),
-    )
-    status = get(kubectl, "pj", "fetal")["status"]
-    wait_for(lambda: operator.metrics().get("sonoforge_reconcile_seconds_count", 0) >= 2, "two passes", 30)
-    assert {j["metadata"]["uid"] for j in get(kubectl, "jobs")["items"]} == before
+    touch(operator, kubectl)
+    assert jobs_of(kubectl) == before
     assert get(kubectl, "pj", "fetal")["status"] == status
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["the-same-operator", "another-operator"])
+def test_kubeflow_trainer_3779_children_that_a_ttl_deleted_of_a_finished_job_are_not_made_again(
+    operator, played, kubectl, again
+):
+    """There the deletion of the children looked like a job that had yet to begin, for ever."""
+    status = get(kubectl, "pj", "fetal")["status"]
+    if again:
+        operator.kill()
+    kubectl("delete", "jobs,pods,deployments", "--all", "--cascade=foreground")
+    if again:
+        operator.start()
+        operator.wait_until_ready()
+    touch(operator, kubectl)
+    assert jobs_of(kubectl) == set()
+    assert get(kubectl, "pods,deployments")["items"] == []
+    assert get(kubectl, "pj", "fetal")["status"] == status
+
+
+def jobs_of(kubectl) -> set[str]:
+    return {j["metadata"]["uid"] for j in get(kubectl, "jobs")["items"]}
+
+
+def touch(operator, kubectl) -> None:
+    """Change the suite of the job, and wait until the operator looked at it."""
+    count = "sonoforge_reconcile_seconds_count"
+    before = operator.metrics().get(count, 0)
+    suite = yaml.safe_load(JOB.split("---")[2])
+    suite["metadata"]["labels"] = {"touched": str(time.monotonic())}
+    kubectl("apply", "--filename=-", stdin=yaml.safe_dump(suite))
+    operator.wait_for(lambda: operator.metrics().get(count, 0) > before, "a pass", 30)

@@ -153,6 +153,27 @@ def test_a_spec_that_changes_during_a_pass_is_not_observed_by_it(
     asyncio.run(story())
 
 
+def test_a_pass_that_hangs_is_told_from_one_that_waits_for_its_turn(control_plane: ControlPlane, kubectl: Any) -> None:
+    async def story() -> None:
+        async with opened(control_plane, kubectl.namespace) as silent:
+            waits = await silent.begin()
+            await asyncio.sleep(0.3)
+            hung = silent.reconciler.longest
+            assert hung >= 0.3, "it waits for its run"
+            async with silent.reconciler._turns:
+                silent.released.set()
+                await asyncio.sleep(1.0)
+                assert not waits.done(), "it waits for its turn"
+                assert silent.reconciler.longest < hung + 0.5
+            await waits
+            assert silent.reconciler.longest == 0.0
+            took = silent.reconciler._metrics.registry.get_sample_value
+            passes, whole = took("sonoforge_reconcile_seconds_sum"), took("sonoforge_reconcile_whole_seconds_sum")
+            assert whole - passes >= 0.9, "the metrics tell its wait for a turn from the rest"
+
+    asyncio.run(story())
+
+
 def test_a_pass_that_waited_long_for_its_turn_does_not_take_that_for_a_stall(
     control_plane: ControlPlane, kubectl: Any
 ) -> None:

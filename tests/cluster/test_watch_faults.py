@@ -48,11 +48,15 @@ class World:
             error.add_note("\n".join(["writes that came through:", *last]))
             raise
 
-    def check(self) -> None:
-        """Every checkpoint was evaluated once, and the operator never died."""
+    def check(self, most: int = 1) -> None:
+        """Every checkpoint was evaluated, no more than `most` times, and the operator never died.
+
+        Where a watch shows that a Job is complete and another does not show its pod yet, the evaluation runs again and
+        finds its result in storage.
+        """
         run = self.played.runs["fetal"]
-        assert set(Counter(run.evaluated).values()) == {1}
-        assert len(run.evaluated) == 6
+        assert len(set(run.evaluated)) == 6
+        assert max(Counter(run.evaluated).values()) <= most
         assert self.operator.process is not None
         assert self.operator.process.poll() is None, self.operator.log_end()
 
@@ -80,13 +84,45 @@ def world(control_plane, api_client, nodes, tmp_path) -> Iterator[World]:
         ({"cut_watch_seconds": 1.0, "gone": 0.3}, "cut"),
         ({"delay_seconds": 0.4}, "late"),
     ],
-    ids=["conflicts", "too-many-requests", "lost-answers", "cut-and-expired-watches", "slow-answers"],
+    ids=[
+        "conflicts",
+        "too-many-requests",
+        "lost-answers",
+        "cut-and-expired-watches",
+        "slow-answers",
+    ],
 )
 def test_a_job_ends_in_time_although(world, faults, happened):
     with world.proxy.wrong(**faults):
         world.kubectl("apply", "--filename=-", stdin=JOB)
         world.wait_for_the_end()
     assert world.proxy.counts[happened] > 0
+    world.check()
+
+
+def test_a_job_ends_in_time_although_lists_and_watches_are_refused(world):
+    with world.proxy.wrong(refuse_reads={429: 0.2, 503: 0.2}, cut_watch_seconds=3.0):
+        world.kubectl("apply", "--filename=-", stdin=JOB)
+        world.wait_for_the_end()
+    counts = world.proxy.counts
+    assert min(counts[f"refused {what}"] for what in ("read", "watch", "429", "503")) > 0
+    world.check(most=2)
+
+
+def test_an_operator_whose_watches_are_refused_for_good_ends_and_the_next_one_goes_on(world):
+    """No API server answers a read with 409, and kopf gives up on one that does: the kubelet starts another."""
+    world.operator.kill()
+    with world.proxy.wrong(refuse_reads={409: 1.0}, only="^/apis/sonoforge.dev/v1alpha1$"):
+        world.operator.start()
+        process = world.operator.process
+        assert process is not None
+        wait_for(lambda: process.poll() is not None, "the operator ends", 60)
+    assert process.returncode == 1
+    assert world.proxy.counts["refused 409"] > 0
+    world.operator.start()
+    world.operator.wait_until_ready()
+    world.kubectl("apply", "--filename=-", stdin=JOB)
+    world.wait_for_the_end()
     world.check()
 
 

@@ -374,6 +374,7 @@ def test_every_condition_is_always_present():
             "Training",
             "Stalled",
             "Evaluating",
+            "Collapsed",
             "Suspended",
             "Succeeded",
             "Failed",

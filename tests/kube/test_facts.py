@@ -51,6 +51,19 @@ def fact_of(document, now=T0 + 60):
             "infrastructure",
             "the pod was taken away: PreemptionByScheduler",
         ),
+        (pod("j", phase="Failed", state={}, reason="OutOfcpu"), "infrastructure", "the process was killed"),
+        (
+            pod("j", phase="Failed", state={}, reason="OutOfnvidia.com/gpu"),
+            "hardware",
+            "OutOfnvidia.com/gpu on node-a",
+        ),
+        (pod("j", phase="Failed", state={}, reason="OutOfamd.com/gpu"), "hardware", "OutOfamd.com/gpu on node-a"),
+        (
+            pod("j", phase="Failed", state=ended(74, {"cause": "hardware", "message": "The GPU failed: XID 79."})),
+            "hardware",
+            "hardware: The GPU failed: XID 79.",
+        ),
+        (pod("j", phase="Failed", state=ended(74)), "hardware", "exit code 74"),
         (
             pod("j", phase="Failed", state={}, reason="UnexpectedAdmissionError"),
             "hardware",

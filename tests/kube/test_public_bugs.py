@@ -11,12 +11,16 @@ import pytest
 from objects import cluster_job, documents, ended, file, pod, small_job, worker_job
 
 from sonoforge_operator.api import Workers, parse_job, parse_runtime
+from sonoforge_operator.cluster.command import _State
 from sonoforge_operator.cluster.facts import Objects, facts
 from sonoforge_operator.cluster.freshness import STALE_SECONDS, Freshness
 from sonoforge_operator.cluster.handlers import Wiring
+from sonoforge_operator.cluster.jobs import Site
 from sonoforge_operator.cluster.metrics import Metrics
 from sonoforge_operator.cluster.names import Key
 from sonoforge_operator.cluster.pods import PodPlan, pod_template
+from sonoforge_operator.cluster.queue import Queue
+from sonoforge_operator.cluster.reconciler import Reconciler
 from sonoforge_operator.cluster.store import Store
 from sonoforge_operator.observed import Observed, Plan
 from sonoforge_operator.plan import plan
@@ -194,9 +198,45 @@ def test_kubeflow_trainer_1658_the_last_evaluation_is_not_lost():
     assert all(c.evaluated for c in cluster.status.checkpoints)
 
 
-@pytest.mark.parametrize("report", ["kubeflow/trainer #1638", "pytorch #147064", "pytorch #111646"])
-def test_survivors_that_hang_in_a_collective_are_started_over(report):
-    """All pods run, nothing fails, and no step is made: the group starts over from the checkpoint."""
+def test_kubeflow_trainer_1638_a_pod_that_dies_takes_neither_the_others_nor_the_rendezvous_with_it():
+    """There one pod's death restarted all, or closed the rendezvous. Even that of node 0 costs one pod here."""
+    cluster = Cluster()
+    cluster.training(10, 0)
+    cluster.end(0, 143)
+    decided = cluster.turn()
+    assert [request.node for request in decided.requests if request.kind == "lost"] == ["0"], "the others are told"
+    assert (cluster.status.attempt, cluster.status.restarts, decided.kill) == (1, {"infrastructure": 1}, frozenset())
+    assert len([child for child in decided.children if child.kind == "worker"]) == 3
+    assert [child.kind for child in decided.children if child.kind == "coordinator"] == ["coordinator"]
+    cluster.pods[0] = pod("job-1", 0, uid="again", created="2026-01-01T00:00:05Z")
+    cluster.turn(5)
+    cluster.step(11, 0)
+    cluster.turn()
+    assert (cluster.status.attempt, cluster.status.phase) == (1, "Running")
+
+
+def test_pytorch_147064_survivors_that_wait_for_a_node_that_left_are_started_over_within_a_budget():
+    """There the survivor hung, a node that came back found the rendezvous closed, and no limit on restarts held."""
+    cluster = Cluster()
+    cluster.training(10, 0)
+    for attempt in (2, 3):
+        cluster.end(1, 143)
+        cluster.turn()
+        cluster.pods[1] = pod(f"job-{attempt - 1}", 1, uid=f"back-{attempt}", created="2026-01-01T00:00:05Z")
+        cluster.turn()
+        cluster.turn(1900)
+        assert (cluster.status.attempt, cluster.status.outcome) == (attempt, None)
+        assert cluster.status.restarts["stall"] == attempt - 1
+        cluster.start(attempt)
+        cluster.turn()
+    cluster.turn(1900)
+    assert cluster.status.outcome is not None
+    assert (cluster.status.outcome.result, cluster.status.outcome.reason) == ("Failed", "NoProgress")
+    assert "Rendezvous" in cluster.status.outcome.message
+
+
+def test_pytorch_111646_survivors_that_hang_in_a_collective_are_started_over():
+    """All pods run, nothing fails, and no step is made: the group starts over from the checkpoint. There: 30 min."""
     cluster = Cluster()
     cluster.training(10, 0)
     cluster.turn(30)
@@ -368,8 +408,22 @@ def test_ci_infra_1057_a_node_that_rejects_pods_is_avoided_by_the_next_attempt()
     assert cluster.status.outcome is None
 
 
-@pytest.mark.parametrize("report", ["kopf #980", "kopf #1145"])
-def test_an_operator_whose_watches_died_is_not_healthy(report):
+def test_a_node_whose_gpu_failed_under_a_worker_is_avoided_and_the_others_are_not():
+    """Its peers lost it in a collective. Only one of them is to blame."""
+    cluster = Cluster()
+    cluster.training(10, 0)
+    for index, node in enumerate(("node-a", "node-b", "node-c")):
+        cause = "hardware" if index == 1 else "collective"
+        cluster.end(index, 74 if index == 1 else 1, {"cause": cause, "message": "XID 79"})
+        cluster.pods[index]["spec"]["nodeName"] = node
+    cluster.turn()
+    assert [node.name for node in cluster.status.excluded] == ["node-b"]
+    assert (cluster.status.attempt, cluster.status.restarts) == (2, {"hardware": 1})
+    assert cluster.status.outcome is None
+
+
+def test_kopf_980_an_operator_whose_watches_died_is_not_healthy():
+    """A watch died for good with its session. Only what comes through a watch is a heartbeat."""
     now = [0.0]
     freshness = Freshness(None, Store(), ("n",), Metrics(), lambda kind, key: None, steady=lambda: now[0])  # type: ignore[arg-type]
     now[0] = STALE_SECONDS - 1
@@ -378,6 +432,19 @@ def test_an_operator_whose_watches_died_is_not_healthy(report):
     assert not freshness.fresh
     freshness.beat()
     assert freshness.fresh
+
+
+def test_kopf_1145_an_operator_that_works_on_and_watches_no_more_is_not_healthy():
+    """Its passes are made in time, what they know is old. A process that lives proves nothing."""
+    now, store, metrics = [0.0], Store(), Metrics()
+    freshness = Freshness(None, store, ("n",), metrics, lambda kind, key: None, steady=lambda: now[0])  # type: ignore[arg-type]
+    reconciler = Reconciler(None, store, None, Site(default_image="", operator_namespace="n"), metrics)  # type: ignore[arg-type]
+    queue = Queue(clock=lambda: now[0])
+    state = _State(freshness, queue, reconciler, metrics, None, stuck_seconds=300.0, started=True)  # type: ignore[arg-type]
+    assert state.healthy
+    now[0] = STALE_SECONDS + 1
+    assert state.stuck == 0.0
+    assert not state.healthy
 
 
 @pytest.mark.parametrize(

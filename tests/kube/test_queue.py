@@ -5,8 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 
+from sonoforge_operator.cluster.command import _State
+from sonoforge_operator.cluster.freshness import Freshness
+from sonoforge_operator.cluster.jobs import Site
+from sonoforge_operator.cluster.metrics import Metrics
 from sonoforge_operator.cluster.names import Key
 from sonoforge_operator.cluster.queue import Queue, back_off
+from sonoforge_operator.cluster.reconciler import Reconciler
+from sonoforge_operator.cluster.store import Store
 
 A, B = Key("n", "a"), Key("n", "b")
 
@@ -173,5 +179,83 @@ def test_a_pass_that_hangs_is_seen_in_the_age_of_the_oldest_wish():
         await until(lambda: q.oldest > 0.1)
         for task in tasks:
             task.cancel()
+
+    run(scenario)
+
+
+def test_a_long_queue_that_moves_is_old_and_not_idle():
+    """An operator with much to do must not be taken for one that does nothing: a restart would begin it all again."""
+
+    async def scenario():
+        now, ages, idle = [0.0], [], []
+        q = Queue(clock=lambda: now[0])
+
+        async def handle(key):
+            now[0] += 100.0
+            ages.append(q.oldest)
+            idle.append(q.idle)
+
+        for number in range(6):
+            q.wake(Key("n", str(number)))
+        tasks = await worked(q, handle, workers=1)
+        await until(lambda: len(ages) == 6)
+        assert ages == [100.0, 200.0, 300.0, 400.0, 500.0, 100.0]
+        assert idle == [100.0] * 6
+        await asyncio.sleep(0)
+        now[0] += 1000.0
+        assert q.idle == 0.0, "nothing is due"
+        for task in tasks:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_a_queue_in_which_no_pass_ends_is_idle_for_as_long_as_one_could():
+    async def scenario():
+        now, began = [0.0], asyncio.Event()
+        q = Queue(clock=lambda: now[0])
+
+        async def handle(key):
+            began.set()
+            await asyncio.Event().wait()
+
+        q.wake(B, 50.0)
+        now[0] = 100.0
+        assert q.idle == 50.0, "nobody works"
+        tasks = await worked(q, handle)
+        await began.wait()
+        now[0] = 130.0
+        assert q.idle == 30.0
+        for task in tasks:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_an_operator_whose_jobs_wait_long_is_healthy_as_long_as_passes_end():
+    now, store, metrics = [0.0], Store(), Metrics()
+    q = Queue(clock=lambda: now[0])
+    freshness = Freshness(None, store, ("n",), metrics, lambda kind, key: None, steady=lambda: 0.0)
+    reconciler = Reconciler(None, store, None, Site(default_image="", operator_namespace="n"), metrics)
+    state = _State(freshness, q, reconciler, metrics, None, stuck_seconds=300.0, started=True)
+
+    seen = []
+
+    async def handle(key):
+        now[0] += 200.0
+        seen.append((q.oldest, state.healthy))
+
+    async def scenario():
+        q.wake(A)
+        q.wake(B)
+        q.wake(Key("n", "c"))
+        tasks = await worked(q, handle, workers=1)
+        await until(lambda: len(seen) == 3)
+        assert seen == [(200.0, True), (400.0, True), (200.0, True)]
+        for task in tasks:
+            task.cancel()
+        q.wake(A)
+        now[0] += 300.0
+        assert not state.healthy, "nobody works"
 
     run(scenario)

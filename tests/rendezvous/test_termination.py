@@ -41,6 +41,23 @@ SECRET = "/data/DOE_JANE_1970.dcm"
         (torch.distributed.DistNetworkError(SECRET), "collective", 1, None),
         (RuntimeError(f"[gloo/transport/tcp/pair.cc:1] Connection closed by peer {SECRET}"), "collective", 1, None),
         (RuntimeError(SECRET), "application", 1, None),
+        (
+            RuntimeError(f"CUDA error: uncorrectable ECC error encountered {SECRET}"),
+            "hardware",
+            74,
+            "The GPU failed: uncorrectable ECC error.",
+        ),
+        (
+            torch.distributed.DistBackendError(f"NCCL error: uncorrectable NVLink error detected {SECRET}"),
+            "hardware",
+            74,
+            "The GPU failed: uncorrectable NVLink error.",
+        ),
+        (RuntimeError(f"NVML: GPU is lost {SECRET}"), "hardware", 74, "The GPU failed: GPU is lost."),
+        (RuntimeError(f"GPU has fallen off the bus {SECRET}"), "hardware", 74, "The GPU failed: fallen off the bus."),
+        (RuntimeError("CUDA error: unspecified launch failure"), "application", 1, None),
+        (torch.OutOfMemoryError("uncorrectable ECC error"), "memory", 71, None),
+        (ContractError("device lost"), "config", 64, "device lost"),
         (ValueError(SECRET), "application", 1, None),
         (FileNotFoundError(2, "No such file", SECRET), "application", 1, None),
         (SystemExit(69), "storage", 69, None),
@@ -54,6 +71,22 @@ def test_every_failure_has_a_class_and_foreign_text_is_kept_back(error, cause, c
     assert ending.message == message or ending.message == f"{name} (its text is not shown: it may hold paths or keys)."
     assert (ending.exception, ending.rank, ending.step) == (name, 3, 17)
     assert SECRET not in ending.to_json()
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (RuntimeError(SECRET), "hardware"),
+        (torch.distributed.DistNetworkError(SECRET), "hardware"),
+        (torch.OutOfMemoryError(SECRET), "memory"),
+        (ContractError("a.b: found 1"), "config"),
+    ],
+)
+def test_what_the_driver_says_of_the_gpu_explains_what_nothing_else_does(error, cause):
+    ending = termination.classify(error, fault="XID 79, fallen off the bus")
+    assert ending.cause == cause
+    assert (ending.message == "The GPU failed: XID 79, fallen off the bus.") == (cause == "hardware")
+    assert termination.restartable(ending) is False, "another machine is the answer"
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,11 @@ class Journal:
         """Close the files."""
         self._board.close()
 
+    @property
+    def fault(self) -> str:
+        """What the driver says is wrong with this process's GPU; empty where it says nothing."""
+        return self._gpu.fault()
+
     # --- records ------------------------------------------------------------------------------------------------------
 
     def record(self, report: StepReport) -> None:

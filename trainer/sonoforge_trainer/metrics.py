@@ -19,6 +19,20 @@ log = structlog.get_logger(__name__)
 
 # Dense bf16 peak of the data-centre GPUs that DINOv2 is trained on, in FLOPs/s (vendor data sheets).
 _PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "A40": 150e12}
+# Critical XIDs that NVIDIA's catalogue (docs.nvidia.com/deploy/xid-errors) blames on the machine. Those that a faulty
+# kernel raises as well, such as 13, 31, 43 and 45, are not among them.
+_HARDWARE_XIDS = {
+    48: "double-bit ECC error",
+    64: "row remapping failed",
+    74: "NVLink error",
+    79: "fallen off the bus",
+    94: "contained ECC error",
+    95: "uncontained ECC error",
+    119: "no answer of its processor",
+    120: "error of its processor",
+    140: "unrecovered ECC error",
+}
+_MOST_XIDS = 1000
 
 
 class StepClock:
@@ -135,6 +149,7 @@ class Gpu:
         self._handle: Any = None
         self._nvml: Any = None
         self._xid_events: Any = None
+        self._faults: list[str] = []
         if device.type != "cuda":
             return
         import pynvml
@@ -166,9 +181,25 @@ class Gpu:
             found["gpu_ecc_uncorrected"] = nvml.nvmlDeviceGetTotalEccErrors(
                 handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
             )
-        with contextlib.suppress(nvml.NVMLError):  # A time-out means that there was none.
-            found["gpu_xid"] = nvml.nvmlEventSetWait_v2(self._xid_events, 0).eventData
+        xids = self._new_xids()
+        if xids:
+            found["gpu_xid"] = xids[-1]
         return found
+
+    def fault(self) -> str:
+        """The first critical error of this process's GPU that is its machine's fault; empty where there was none."""
+        if self._handle is not None:
+            self._new_xids()
+        return self._faults[0] if self._faults else ""
+
+    def _new_xids(self) -> list[int]:
+        """Critical errors since the last call."""
+        xids: list[int] = []
+        with contextlib.suppress(self._nvml.NVMLError):  # A time-out means that there are no more.
+            while len(xids) < _MOST_XIDS:
+                xids.append(int(self._nvml.nvmlEventSetWait_v2(self._xid_events, 0).eventData))
+        self._faults += [f"XID {xid}, {_HARDWARE_XIDS[xid]}" for xid in xids if xid in _HARDWARE_XIDS]
+        return xids
 
 
 def peak_flops(device: torch.device) -> float | None:

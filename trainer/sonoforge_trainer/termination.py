@@ -29,6 +29,7 @@ EXIT_CODES: dict[Cause, ExitCode] = {
     "data": ExitCode.DATA,
     "storage": ExitCode.STORAGE,
     "memory": ExitCode.OUT_OF_MEMORY,
+    "hardware": ExitCode.HARDWARE,
     "not-finite": ExitCode.NOT_FINITE,
     "collective": ExitCode.FAILED,
     "application": ExitCode.FAILED,
@@ -48,6 +49,11 @@ _OWN_CAUSES: dict[str, Cause] = {
 }
 # gloo and NCCL raise plain RuntimeErrors where torch does not wrap them.
 _COLLECTIVE_TEXT = re.compile(r"gloo|nccl|connection (closed|reset) by peer|process ?group", re.IGNORECASE)
+# cudaGetErrorString of cudaErrorECCUncorrectable and cudaErrorNvlinkUncorrectable, and what NVML and the driver say of
+# a GPU that is gone. "Unspecified launch failure" is not among them: an access out of bounds ends in it as well.
+_HARDWARE_TEXT = re.compile(
+    r"uncorrectable (ECC|NVLink) error|GPU is lost|fallen off the bus|device (is )?lost", re.IGNORECASE
+)
 # What torch says where the system has no memory for a tensor; for a GPU it has a class of its own.
 _NO_MEMORY_TEXT = "DefaultCPUAllocator: can't allocate memory"
 # Signals that come from outside, or from torch's watchdog (SIGABRT); others are faults of the worker.
@@ -57,15 +63,23 @@ _KEY = "sonoforge"
 _PR_SET_PDEATHSIG = 1
 
 
-def classify(exception: BaseException, *, rank: int | None = None, step: int | None = None) -> Termination:
-    """The termination of a process that an exception ended.
+def classify(
+    exception: BaseException, *, rank: int | None = None, step: int | None = None, fault: str = ""
+) -> Termination:
+    """The termination of a process that an exception ended. `fault` is what the driver says is wrong with its GPU.
 
     An exception class of this package may name its cause in a class attribute `termination_cause`, and say that the
     end is `termination_final`; a ValueError of ours is a configuration error otherwise.
     """
+    cause, message = _cause(exception), _message(exception)
+    if cause in ("application", "collective"):  # all else has its reason whatever the GPU does
+        said = _HARDWARE_TEXT.search(str(exception)) if isinstance(exception, RuntimeError) else None
+        fault = fault or (said.group() if said else "")
+        if fault:
+            cause, message = "hardware", f"The GPU failed: {fault}."
     return Termination(
-        cause=_cause(exception),
-        message=_message(exception),
+        cause=cause,
+        message=message,
         exception=type(exception).__name__,
         rank=rank,
         step=step,
@@ -78,9 +92,9 @@ def exit_code(termination: Termination) -> ExitCode:
     return EXIT_CODES[termination.cause]
 
 
-def report(exception: BaseException, *, rank: int | None = None, step: int | None = None) -> ExitCode:
+def report(exception: BaseException, *, rank: int | None = None, step: int | None = None, fault: str = "") -> ExitCode:
     """Tell the agent why this worker fails. Returns the code that the worker must exit with."""
-    termination = classify(exception, rank=rank, step=step)
+    termination = classify(exception, rank=rank, step=step, fault=fault)
     path = os.environ.get(_ERROR_FILE)
     if path:
         # torch wants `message` and `timestamp`; the agent reads the rest.

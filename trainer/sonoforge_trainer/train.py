@@ -93,10 +93,11 @@ def main() -> int:
             return run.train()
     except Exception as error:  # noqa: BLE001 - the last frame: every ending gets its class
         where = {"rank": ranks.rank if ranks else None, "step": run.step if run else None}
+        fault = run.fault if run else ""
         if not isinstance(error, StopRequestedError):
-            ending = termination.classify(error, **where)
+            ending = termination.classify(error, **where, fault=fault)
             log.error("worker-failed", **ending.model_dump(exclude={"result"}, exclude_none=True))  # noqa: TRY400 - a stack may hold paths
-        return termination.report(error, **where)
+        return termination.report(error, **where, fault=fault)
 
 
 def read_config(environ: Mapping[str, str]) -> RunConfig:
@@ -204,6 +205,11 @@ class Run:
             checkpoints.quarantined() if first else (),
         )
         return loaded.ref if loaded else None
+
+    @property
+    def fault(self) -> str:
+        """What the driver says is wrong with the GPU; empty where it says nothing."""
+        return self._journal.fault
 
     def train(self) -> ExitCode:
         """Train to the end of the budget, or until any process is told to stop. Returns OK or TERMINATED.

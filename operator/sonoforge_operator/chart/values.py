@@ -78,7 +78,7 @@ class Timing(Part):
     stale_seconds: Seconds | None = None
     """Not healthy where watches tell nothing for so long."""
     stuck_seconds: Seconds | None = None
-    """Not healthy where a job waits so long for its pass."""
+    """Not healthy where a pass lasts so long, or none ends although some are due."""
     lease_seconds: Annotated[int, Field(ge=1)] | None = None
     """How long its Lease holds: after a killed node, another replica acts this much later."""
     renew_seconds: Seconds | None = None

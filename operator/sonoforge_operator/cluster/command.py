@@ -69,7 +69,7 @@ class Options:
     stale_seconds: float
     """Without a heartbeat through the watch for so long, the operator is not healthy."""
     stuck_seconds: float
-    """With a job whose pass is due or lasts for so long, the operator is not healthy."""
+    """With a pass that lasts for so long, or none that ends although some are due, the operator is not healthy."""
     timing: Timing
     """Times of its Lease."""
     identity: str
@@ -102,7 +102,7 @@ class Options:
     "--stale-seconds", default=STALE_SECONDS, show_default=True, help="Not healthy where watches tell nothing so long."
 )
 @click.option(
-    "--stuck-seconds", default=300.0, show_default=True, help="Not healthy where a job waits so long for its pass."
+    "--stuck-seconds", default=300.0, show_default=True, help="Not healthy where a pass lasts so long, or none ends."
 )
 @click.option("--lease-seconds", default=Timing.lease_seconds, show_default=True, help="How long its Lease holds.")
 @click.option(
@@ -204,7 +204,7 @@ async def serve(options: Options) -> None:
             timing=options.timing,
         )
         api.may_write = lambda: leadership.left > 0
-        state = _State(freshness, queue, metrics, api, options.stuck_seconds)
+        state = _State(freshness, queue, reconciler, metrics, api, options.stuck_seconds)
         async with _probes(options, state):
             if not await _first(told.wait(), leadership.win()):
                 return
@@ -213,7 +213,7 @@ async def serve(options: Options) -> None:
                 await _first(
                     told.wait(),
                     _hold_or_end(leadership),
-                    _work(options, state, reconciler, wiring, told),
+                    _work(options, state, wiring, told),
                 )
             finally:
                 metrics.leading.set(0)
@@ -242,6 +242,7 @@ class _State:
 
     freshness: Freshness
     queue: Queue
+    reconciler: Reconciler
     metrics: Metrics
     api: Api
     stuck_seconds: float
@@ -250,10 +251,15 @@ class _State:
     @property
     def healthy(self) -> bool:
         """Whether the watches are fresh and passes are made. A replica that waits for the Lease is."""
-        return not self.started or (self.freshness.fresh and self.queue.oldest < self.stuck_seconds)
+        return not self.started or (self.freshness.fresh and self.stuck < self.stuck_seconds)
+
+    @property
+    def stuck(self) -> float:
+        """Seconds for which a pass lasts or none ended. How long jobs wait says how many there are, and no more."""
+        return max(self.queue.idle, self.reconciler.longest)
 
 
-async def _work(options: Options, state: _State, reconciler: Reconciler, wiring: Wiring, told: asyncio.Event) -> None:
+async def _work(options: Options, state: _State, wiring: Wiring, told: asyncio.Event) -> None:
     """Learn what is there, then watch and make passes until cancelled."""
     freshness, store = state.freshness, wiring.store
     began = time.monotonic()
@@ -271,7 +277,7 @@ async def _work(options: Options, state: _State, reconciler: Reconciler, wiring:
     log.info("ready", jobs=sum(1 for _ in store.all(JOBS.name)), seconds=round(time.monotonic() - began, 2))
     registry = registry_of(wiring, lambda: freshness, options.own_namespace)
     namespaces = {*options.namespaces, options.own_namespace} if options.namespaces else ()
-    passes = [state.queue.work(reconciler.reconcile) for _ in range(_PASSES)]
+    passes = [state.queue.work(state.reconciler.reconcile) for _ in range(_PASSES)]
     own = [asyncio.ensure_future(task) for task in (freshness.keep(_COMPARE_SECONDS), *passes)]
     others = asyncio.all_tasks()  # all that kopf must not take for its own, and cancel, when it ends
     watches = await kopf.spawn_tasks(
@@ -312,7 +318,7 @@ async def _probes(options: Options, state: _State) -> AsyncIterator[None]:
 
     async def health(_: web.Request) -> web.Response:
         return web.json_response(
-            {"watchAgeSeconds": round(state.freshness.age, 1), "queueOldestSeconds": round(state.queue.oldest, 1)},
+            {"watchAgeSeconds": round(state.freshness.age, 1), "stuckSeconds": round(state.stuck, 1)},
             status=200 if state.healthy else 503,
         )
 

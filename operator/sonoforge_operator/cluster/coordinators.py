@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -16,6 +18,7 @@ DEFAULT_URL = "http://{service}.{namespace}.svc:8080"
 """Where the coordinator of a job answers, by the name of its Service."""
 
 _SECONDS = 3.0
+_LONGEST_WAIT_SECONDS = 60.0
 _MOST_BYTES = 4 * 2**20
 
 
@@ -30,10 +33,22 @@ def token_digest(token: str) -> str:
 
 
 class Coordinators:
-    """A visitor with the operator's key. Whoever has not answered after `seconds` is left."""
+    """A visitor with the operator's key. Whoever has not answered after `seconds` is left.
 
-    def __init__(self, key: bytes, url: str = DEFAULT_URL, *, seconds: float = _SECONDS) -> None:
-        self._key, self._url = key, url
+    A run that is silent costs that time at every visit, so it is asked again only after it was silent for as long
+    again, and at least once a minute. `steady` gives seconds.
+    """
+
+    def __init__(
+        self,
+        key: bytes,
+        url: str = DEFAULT_URL,
+        *,
+        seconds: float = _SECONDS,
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._key, self._url, self._steady = key, url, steady
+        self._silent: dict[str, tuple[float, float]] = {}  # by uid: since when, and until when it is left alone
         # A coordinator is inside the cluster: a proxy of the environment must neither be asked nor see the token.
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=seconds),
@@ -54,8 +69,17 @@ class Coordinators:
         return token_digest(token_of(self._key, uid))
 
     async def progress(self, names: Names) -> Progress | None:
-        """What a run says; None where nobody answers in time or the answer makes no sense."""
-        body = await self._visit(names, "/progress")
+        """What a run says; None where nobody answers in time, or what makes no sense, or it is left alone for now."""
+        now = self._steady()
+        since, until = self._silent.get(names.uid, (now, now))
+        if now < until:
+            return None
+        try:
+            body = await self._visit(names, "/progress")
+        except TimeoutError:
+            self._silent[names.uid] = (since, now + min(_LONGEST_WAIT_SECONDS, now - since))
+            return None
+        self.forget(names.uid)
         if body is None:
             return None
         try:
@@ -65,7 +89,14 @@ class Coordinators:
 
     async def ask(self, names: Names, request: Request) -> bool:
         """Ask something of a run. Whether it was heard; if not, ask again: the same request counts once."""
-        return await self._visit(names, "/request", request.to_json().encode()) is not None
+        try:
+            return await self._visit(names, "/request", request.to_json().encode()) is not None
+        except TimeoutError:
+            return False
+
+    def forget(self, uid: str) -> None:
+        """Forget that a run was silent: it is gone, or its coordinator is another one."""
+        self._silent.pop(uid, None)
 
     async def _visit(self, names: Names, path: str, body: bytes | None = None) -> bytes | None:
         url = self._url.format(service=names.coordinator, namespace=names.key.namespace, job=names.key.name) + path
@@ -78,6 +109,8 @@ class Coordinators:
                 found = await answer.content.read(_MOST_BYTES + 1)
                 while not answer.content.at_eof() and len(found) <= _MOST_BYTES:
                     found += await answer.content.read(_MOST_BYTES + 1 - len(found))
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
+        except TimeoutError:
+            raise
+        except (aiohttp.ClientError, OSError, ValueError):
             return None
         return found if len(found) <= _MOST_BYTES else None

@@ -15,6 +15,7 @@ from sonoforge_operator.status import JobStatus
 
 _STEP_BUCKETS = (10, 30, 60, 120, 300, 600, 1800, 3600, 14400)
 _PASS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2, 5, 10, 30)
+_WHOLE_BUCKETS = (*_PASS_BUCKETS, 60, 120, 180, 240, 300)
 
 
 class Metrics:
@@ -28,6 +29,13 @@ class Metrics:
             "sonoforge_reconcile_seconds", "Time of one pass over one job.", registry=r, buckets=_PASS_BUCKETS
         )
         """Time of a pass."""
+        self.whole_seconds = Histogram(
+            "sonoforge_reconcile_whole_seconds",
+            "Time of one pass over one job, with its wait for a turn to write.",
+            registry=r,
+            buckets=_WHOLE_BUCKETS,
+        )
+        """The same with its wait for a turn."""
         self.failed_passes = Counter(
             "sonoforge_reconcile_failures_total", "Passes that have to be made again.", ("cause",), registry=r
         )

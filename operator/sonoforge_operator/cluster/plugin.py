@@ -38,6 +38,7 @@ _ADVICE = {
     "Unschedulable": "no node has room: free GPUs, lower workers.minNodes, or look at the runtime's nodeSelector",
     "ImagePull": "the image cannot be pulled: check spec.images of the runtime and its pull secrets",
     "ContainerConfig": "a Secret or ConfigMap that the runtime names is missing in this namespace",
+    "Refused": "the API server refuses a child of the job: correct the runtime, or ask for the quota or the right",
     "WaitingForQueue": "the queue has not admitted the job yet; see `kubectl get workloads`",
     "Rendezvous": "the workers do not find each other; see `kubectl sonoforge logs`",
     "Unreachable": "the coordinator does not answer; training goes on without it",

@@ -66,6 +66,7 @@ class ClusterPort:
         self._api, self._store, self._coordinators = api, store, coordinators
         self._memory: dict[str, _Memory] = {}
         self._sent: dict[str, tuple[str, int]] = {}
+        self._refused: dict[str, str] = {}
         self._posting = Posting(api)
 
     # --- observe ------------------------------------------------------------------------------------------------------
@@ -79,8 +80,11 @@ class ClusterPort:
         deployed = self._store.get(DEPLOYMENTS.name, job.names.key.namespace, job.names.coordinator)
         # One that is not ready would only be waited for.
         ready = bool(deployed and (deployed.get("status") or {}).get("readyReplicas"))
+        if not ready:
+            self._coordinators.forget(job.names.uid)
         progress = await self._coordinators.progress(job.names) if ready else None
-        return Observed(status=status, children=children, progress=believable(progress, job) if progress else None)
+        said = believable(progress, job) if progress else None
+        return Observed(status=status, children=children, progress=said, refused=self._refused.get(job.names.uid, ""))
 
     def _status(self, job: ClusterJob, now: float) -> JobStatus:
         """The status as last decided here, or as last written."""
@@ -94,6 +98,8 @@ class ClusterPort:
         """Forget what was decided for a job: it is gone, or somebody else wrote its status."""
         self._memory.pop(uid, None)
         self._sent.pop(uid, None)
+        self._refused.pop(uid, None)
+        self._coordinators.forget(uid)
 
     # --- record -------------------------------------------------------------------------------------------------------
 
@@ -121,7 +127,7 @@ class ClusterPort:
         uid, manifest = job.names.uid, self._manifest(job)
         known = self._memory[uid]
         followed = job.generation == (manifest.get("status") or {}).get("observedGeneration")
-        if followed and weighty(known.status) == weighty(status):
+        if followed and not _rejected(manifest) and weighty(known.status) == weighty(status):
             known.status = status
             interval = _NUMBERS_SECONDS if status.phase == "Running" else _IDLE_NUMBERS_SECONDS
             if status.terminal or now - known.written < interval:
@@ -172,14 +178,17 @@ class ClusterPort:
             await self._send(job, request)
         await self._release(job.names, decided, training_wanted(job.file, decided.status), now)
         await self._start(job, decided)
+        self._refused.pop(job.names.uid, None)
         await self._posting.post(job.names, decided.events, now, decided.status.attempt)
         if decided.status.terminal:
             self.forget(job.names.uid)
 
     async def complain(self, names: Names, error: ApiError, now: float) -> None:
-        """Tell the user what the API server refused: a quota, an admission rule, a missing right."""
-        if names.uid and 400 <= error.status < 500 and error.status not in (404, 409, 422, 429):
-            await self._posting.post(names, (Event("Refused", f"{error.reason}: {error.message}", warning=True),), now)
+        """Tell the user what the API server refused: a quota, an admission rule, a missing right, what is invalid."""
+        if names.uid and 400 <= error.status < 500 and error.status not in (404, 409, 429):
+            message = f"{error.reason}: {error.message}"
+            self._refused[names.uid] = message
+            await self._posting.post(names, (Event("Refused", message, warning=True),), now)
 
     async def retire(self, names: Names, now: float) -> bool:
         """End whatever a job still holds after its end. Whether nothing is left of it."""
@@ -343,6 +352,12 @@ def _label(manifest: Mapping[str, Any], label: str) -> str:
 def _over(job: Mapping[str, Any]) -> bool:
     conditions = (job.get("status") or {}).get("conditions") or ()
     return any(c.get("type") in ("Complete", "Failed") and c.get("status") == "True" for c in conditions)
+
+
+def _rejected(job: Mapping[str, Any]) -> bool:
+    """Whether the status says that the job cannot run as it is."""
+    conditions = (job.get("status") or {}).get("conditions") or ()
+    return any(c.get("type") == "Accepted" and c.get("status") == "False" for c in conditions)
 
 
 def _done(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> bool:

@@ -41,6 +41,7 @@ class Queue:
     _heap: list[tuple[float, int, Key]] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _count: itertools.count[int] = field(default_factory=itertools.count)
+    _ended: float = float("-inf")
 
     def wake(self, key: Key, after: float = 0.0) -> None:
         """Ask for a pass over a key. The earliest wish counts."""
@@ -66,6 +67,13 @@ class Queue:
         since = ((e.began if e.running else e.due) for e in self._entries.values())
         return max((now - began for began in since if began <= now), default=0.0)
 
+    @property
+    def idle(self) -> float:
+        """Seconds for which no pass ended although one was due or going on. A long queue that moves is not idle."""
+        now = self.clock()
+        first = min((e.began if e.running else e.due for e in self._entries.values()), default=now)
+        return max(0.0, now - max(first, self._ended))
+
     async def work(self, handle: Callable[[Key], Awaitable[float | None]]) -> None:
         """Make passes until cancelled. `handle` returns the seconds to the next pass; None forgets the key.
 
@@ -86,6 +94,7 @@ class Queue:
                 after = max(asked, min(longest, back_off(entry.failures, self.draw())))
             finally:
                 entry.running = False
+                self._ended = self.clock()
             if after is None and entry.due == float("inf"):
                 self._entries.pop(key, None)
                 continue

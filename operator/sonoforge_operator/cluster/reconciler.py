@@ -55,20 +55,29 @@ def time_to_live(manifest: Mapping[str, Any], finished: float) -> float:
 
 
 class _Stopwatch:
-    """Seconds since it was made, without its pauses."""
+    """Seconds since it was made, with its pauses and without."""
 
     def __init__(self) -> None:
         self._began, self._paused = time.monotonic(), 0.0
+        self._pause_began: float | None = None
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._began - self._paused
+        until = time.monotonic() if self._pause_began is None else self._pause_began
+        return until - self._began - self._paused
+
+    @property
+    def with_pauses(self) -> float:
+        return time.monotonic() - self._began
 
     async def pause(self, awaited: Awaitable[object]) -> None:
         """Wait for something on nobody's account."""
-        began = time.monotonic()
-        await awaited
-        self._paused += time.monotonic() - began
+        self._pause_began = time.monotonic()
+        try:
+            await awaited
+        finally:
+            self._paused += time.monotonic() - self._pause_began
+            self._pause_began = None
 
 
 class Reconciler:
@@ -90,6 +99,7 @@ class Reconciler:
         self._metrics, self._poll_seconds, self._clock = metrics, poll_seconds, clock
         self._uids: dict[Key, str] = {}
         self._active: set[Key] = set()
+        self._going_on: dict[Key, _Stopwatch] = {}
         # What waits for a coordinator that is silent is not in the way of what has something to write.
         self._turns = asyncio.Semaphore(turns)
 
@@ -101,9 +111,14 @@ class Reconciler:
             if key_of(job).namespace == key.namespace and (kind, key.name) in references(job)
         ]
 
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest pass that goes on, without its wait for a turn."""
+        return max((timed.seconds for timed in self._going_on.values()), default=0.0)
+
     async def reconcile(self, key: Key) -> float | None:
         """Make one pass. Returns the seconds to the next one, or None where the job is gone."""
-        timed = _Stopwatch()
+        timed = self._going_on[key] = _Stopwatch()
         try:
             return await self._pass(key, timed)
         except ConflictError:
@@ -121,7 +136,9 @@ class Reconciler:
             log.error("pass-failed", job=str(key), exception=type(error).__name__, where=where)  # noqa: TRY400
             raise
         finally:
+            del self._going_on[key]
             self._metrics.pass_seconds.observe(timed.seconds)
+            self._metrics.whole_seconds.observe(timed.with_pauses)
 
     async def _pass(self, key: Key, timed: _Stopwatch) -> float | None:
         manifest = self._store.get(JOBS.name, key.namespace, key.name)

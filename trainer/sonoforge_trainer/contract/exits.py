@@ -23,13 +23,26 @@ class ExitCode(IntEnum):
     """Storage did not answer within its budget: trying again may help."""
     OUT_OF_MEMORY = 71
     """CUDA or host memory ran out."""
+    HARDWARE = 74
+    """The GPU failed: trying again may help on another machine."""
     NOT_FINITE = 76
     """Too many steps in a row without a finite gradient."""
     TERMINATED = 143
     """SIGTERM, state saved where there was time."""
 
 
-Cause = Literal["done", "config", "data", "storage", "memory", "not-finite", "collective", "application", "terminated"]
+Cause = Literal[
+    "done",
+    "config",
+    "data",
+    "storage",
+    "memory",
+    "hardware",
+    "not-finite",
+    "collective",
+    "application",
+    "terminated",
+]
 
 
 class Termination(Part):

@@ -1,0 +1,103 @@
+"""Runs that do not answer: each visit costs seconds, so they are visited less and less often."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from sonoforge_operator.cluster.coordinators import Coordinators
+from sonoforge_operator.cluster.names import Key, Names
+from sonoforge_trainer.contract import Progress
+
+NAMES = Names(Key("n", "x"), "u")
+
+
+@dataclass
+class Run:
+    """A coordinator that says nothing until it is told to, and a clock."""
+
+    visitor: Coordinators
+    now: list[float]
+    visits: list[float] = field(default_factory=list)
+    answers: bool = False
+
+    async def ask_every_second(self, seconds: int) -> list[Progress | None]:
+        said = []
+        for _ in range(seconds):
+            said.append(await self.visitor.progress(NAMES))
+            self.now[0] += 1.0
+        return said
+
+
+@asynccontextmanager
+async def opened() -> AsyncIterator[Run]:
+    now = [0.0]
+    served = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.add(asyncio.current_task())
+        run.visits.append(now[0])
+        if run.answers:
+            body = Progress().to_json().encode()
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        else:
+            await reader.read()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, Coordinators(b"k" * 32, url, seconds=0.2, steady=lambda: now[0]) as visitor:
+        run = Run(visitor, now)
+        yield run
+    await asyncio.gather(*served)
+
+
+def test_a_silent_run_is_asked_after_twice_the_time_and_at_least_once_a_minute():
+    async def story():
+        async with opened() as run:
+            said = await run.ask_every_second(250)
+            assert set(said) == {None}
+            assert run.visits == [0, 1, 2, 4, 8, 16, 32, 64, 124, 184, 244]
+
+    asyncio.run(story())
+
+
+def test_a_run_that_answers_again_is_asked_every_time():
+    async def story():
+        async with opened() as run:
+            await run.ask_every_second(5)
+            run.answers = True
+            said = await run.ask_every_second(6)
+            assert [answer is not None for answer in said] == [False, False, False, True, True, True]
+            run.answers = False
+            run.visits.clear()
+            await run.ask_every_second(5)
+            assert run.visits == [11, 12, 13, 15], "and it starts from the beginning"
+
+    asyncio.run(story())
+
+
+def test_a_coordinator_that_was_replaced_is_asked_at_once():
+    async def story():
+        async with opened() as run:
+            await run.ask_every_second(40)
+            run.answers = True
+            run.visitor.forget(NAMES.uid)
+            assert await run.ask_every_second(1) == [Progress()]
+
+    asyncio.run(story())
+
+
+def test_a_run_that_nobody_serves_costs_nothing_and_is_asked_every_time():
+    async def story():
+        async with opened() as run:
+            now = run.now
+            async with Coordinators(b"k" * 32, "http://127.0.0.1:9", steady=lambda: now[0]) as visitor:
+                run.visitor = visitor
+                assert await run.ask_every_second(5) == [None] * 5
+                assert visitor._silent == {}
+
+    asyncio.run(story())
