@@ -38,7 +38,7 @@ def outcome_of(site: RealSite, job: str, folder: Path) -> Outcome:
     return Outcome(
         phase=site.phase(job),
         logs=read_logs(checkpoints),
-        results={path.name: len(list(path.glob("eval/*.json"))) for path in checkpoints},
+        results={str(path.relative_to(folder)): len(list(path.glob("eval/*.json"))) for path in checkpoints},
         evaluations={item["metadata"]["name"]: _phases(item) for item in objects},
     )
 

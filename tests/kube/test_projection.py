@@ -11,8 +11,8 @@ from sonoforge_operator.status import JobStatus
 from sonoforge_trainer.contract import Activity, Progress
 
 T0 = 1767225600.0  # 2026-01-01T00:00:00Z
-CONDITIONS = ["Accepted", "Queued", "Scheduled", "Rendezvoused", "Training", "Stalled", "Evaluating", "Suspended"]
-CONDITIONS += ["Succeeded", "Failed"]
+CONDITIONS = ["Accepted", "Queued", "Scheduled", "Rendezvoused", "Training", "Stalled", "Evaluating", "Collapsed"]
+CONDITIONS += ["Suspended", "Succeeded", "Failed"]
 
 
 def refused(status: dict | None, now: float = T0 + 60) -> dict:
