@@ -212,6 +212,8 @@ class Played:
         """Coordinators by the name of their Service."""
         self.paused = False
         """No step is made; everything else goes on."""
+        self.halt: int | None = None
+        """No step is made after this one, however long it takes until somebody has seen it."""
         self.fail_next: dict[str, tuple[int, str]] = {}
         """By part or child: exit code and termination message with which its next pod ends."""
         self.fail_evaluation: set[int] = set()
@@ -314,12 +316,13 @@ class Played:
             run.step, run.group = run.restored or 0, members
         if not run.storage:
             run.commit()
-        if not self.paused and run.step < run.steps:
+        last = run.steps if self.halt is None else min(self.halt, run.steps)
+        if not self.paused and run.step < last:
             for _ in range(self._steps_a_tick):
                 run.step += 1
                 if run.step % self._checkpoint_steps == 0 or run.step == run.steps:
                     run.commit()
-                if run.step == run.steps:
+                if run.step == last:
                     break
             run.history.append((time.time(), members, run.step))
         attempt = max(int(pod.metadata.labels[LABEL_ATTEMPT]) for pod in workers)

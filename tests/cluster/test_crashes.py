@@ -81,23 +81,23 @@ def happy(scene: Scene) -> Iterator[Callable[[], bool]]:
 
 
 def preempted(scene: Scene) -> Iterator[Callable[[], bool]]:
-    """A worker is taken away while the run is at half."""
+    """A worker is taken away in the middle of the run."""
+    scene.played.halt = 40
     yield lambda: at_step(scene, 40)
-    scene.played.paused = True
     workers = scene.played._pods.names("sonoforge.dev/part=worker")
     scene.played._pods.disrupt(workers[0], "PreemptionByScheduler")
     yield lambda: (scene.job()["status"].get("restarts") or {}).get("infrastructure") == 1
-    scene.played.paused = False
+    scene.played.halt = None
     yield scene.over
 
 
 def resized(scene: Scene) -> Iterator[Callable[[], bool]]:
     """Somebody asks for fewer nodes."""
+    scene.played.halt = 40
     yield lambda: at_step(scene, 40)
-    scene.played.paused = True
     scene.kubectl("patch", "pj", "fetal", "--type=merge", '--patch={"spec": {"workers": {"maxNodes": 2}}}')
     yield lambda: scene.job()["status"]["attempt"] == 2
-    scene.played.paused = False
+    scene.played.halt = None
     yield scene.over
 
 
@@ -109,6 +109,7 @@ def failed_evaluation(scene: Scene) -> Iterator[Callable[[], bool]]:
 
 def deleted(scene: Scene) -> Iterator[Callable[[], bool]]:
     """The job is deleted in the middle: everything of it goes."""
+    scene.played.halt = 40
     yield lambda: at_step(scene, 40)
     scene.kubectl("delete", "pj", "fetal", "--wait=false")
     kinds = "jobs,pods,deployments,configmaps,services,ckpt,networkpolicies"
