@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -61,6 +62,8 @@ OUTAGE = 60.0
 """Seconds for which a server is gone."""
 _SECONDS = 600
 _AFTER_NEXT_STEP = "after the next step"
+_FAILURES = (TimeoutError, AssertionError, subprocess.CalledProcessError)
+"""A scenario that was not got over is told, and the next one is played."""
 
 Mending = Literal["at the end", "after the next step"] | float
 """When a fault is mended; a number is seconds after it began. At the end is after the job is done."""
@@ -260,16 +263,19 @@ def main() -> int:
             for scenario in filter(lambda s: wanted(s.number), SCENARIOS):
                 try:
                     recovery, differs = run(site, scenario, calm, folder)
-                except TimeoutError as error:
+                except _FAILURES as error:
                     told(scenario.number, f"| {scenario.number} | {scenario.name} | – | – | – | – | no |", [str(error)])
                 else:
                     told(scenario.number, row(scenario, recovery, differs), differs)
             for each in filter(lambda w: wanted(w.number), wrong_jobs.WRONG_JOBS):
-                reason = wrong_jobs.play(site, each)
-                right = reason.startswith(f"{each.reason}: ")
-                told(
-                    each.number, f"| {each.number} | {each.name} | {reason} |", [] if right else [f"not {each.reason}"]
-                )
+                try:
+                    reason = wrong_jobs.play(site, each)
+                except _FAILURES as error:
+                    told(each.number, f"| {each.number} | {each.name} | nothing |", [str(error)])
+                else:
+                    right = reason.startswith(f"{each.reason}: ")
+                    faults = [] if right else [f"not {each.reason}"]
+                    told(each.number, f"| {each.number} | {each.name} | {reason} |", faults)
             if wanted("plain"):
                 for number, text in plain_rows(PlainTorchrun(site)):
                     told(number, text, [])

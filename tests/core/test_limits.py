@@ -105,7 +105,7 @@ def test_a_runtime_has_defaults_for_all_that_is_not_given():
         ({"network": {"storageCidrs": ["10.20.0.0/33"]}}, "network.storageCidrs.0: not a network in CIDR notation"),
         ({"userId": 0}, "spec.userId: found 0. Allowed: a whole number >= 1"),
         ({"workers": {"requests": {"memory": "64 GB"}}}, "workers.requests.memory: found '64 GB'. Allowed: a text"),
-        ({"workers": {"tolerations": [{"operator": "Equal"}]}}, "operator Equal needs a key"),
+        ({"workers": {"tolerations": [{"operator": "Equal"}]}}, "the operator Equal needs one"),
         ({"workers": {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}}, "Exists compares no value"),
         ({"storage": {"endpointUrl": "https://user:word@s3.example"}}, "storage.endpointUrl: found"),
         ({"accelerator": {"resourceName": "two words"}}, "accelerator.resourceName: found 'two words'"),

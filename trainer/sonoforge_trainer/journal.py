@@ -88,7 +88,8 @@ class Journal:
         """Take over the values of an ended step, and write a record where an interval is over.
 
         Means are over the steps that changed something: one value that is not finite would hide all others. Corrupt
-        samples are those of the interval, so that records of all process groups add up.
+        samples are those of the interval, so that records of all process groups add up, but for intervals that a
+        restart cut off.
         """
         facts, recipe = self._facts, self._config.training.recipe
         facts.finite, facts.skipped_steps = report.finite, report.skipped

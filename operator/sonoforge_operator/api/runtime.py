@@ -19,7 +19,7 @@ from sonoforge_operator.api.fields import (
     Port,
     Resources,
 )
-from sonoforge_trainer.contract import ExecutionConfig, Part
+from sonoforge_trainer.contract import ExecutionConfig, Misfit, Part, refuse
 
 
 class Images(Part):
@@ -68,9 +68,9 @@ class Toleration(Part):
     @model_validator(mode="after")
     def _fits_its_operator(self) -> Self:
         if self.operator == "Exists" and self.value:
-            raise ValueError("operator Exists compares no value; remove the value or use Equal")
+            refuse(Misfit("value", self.value, "none: the operator Exists compares no value; or use Equal"))
         if self.operator == "Equal" and not self.key:
-            raise ValueError("operator Equal needs a key; give one or use Exists")
+            refuse(Misfit("key", self.key, "a key: the operator Equal needs one; or use Exists"))
         return self
 
 

@@ -66,7 +66,8 @@ class Progress(Part):
     teacher_entropy: float | None = None
     """Entropy of the teacher's targets in nats; near 0 or near log K is collapse."""
     corrupt_samples: int = 0
-    """Samples that this process group could not decode and replaced; records of the log add up to the run's."""
+    """Samples that this process group could not decode and replaced. Records of the log add up to the run's,
+    but for intervals that a restart cut off."""
     median_step_seconds: float = 0.0
     """Median step time."""
     restored_step: int | None = None
