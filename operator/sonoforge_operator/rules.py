@@ -167,9 +167,9 @@ def data_is_damaged(facts: GiveUpFacts) -> Outcome | None:
 
 
 def nothing_moves(facts: GiveUpFacts) -> Outcome | None:
-    """Restarts do not bring the run forward."""
+    """Restarts do not bring the run forward. Damaged or refused storage has tries and a reason of its own."""
     limit = facts.policy.no_progress.max
-    if facts.failure.cause in INNOCENT:
+    if facts.failure.cause in (*INNOCENT, "data", "storage"):
         return None
     if facts.status.restarts_without_progress >= limit:
         return Outcome(

@@ -52,7 +52,7 @@ def _no_key(spec: dict[str, Any], runtime: dict[str, Any]) -> None:
 
 def _many_gpus(spec: dict[str, Any], runtime: dict[str, Any]) -> None:
     del runtime
-    spec["workers"]["gpusPerNode"] = 8
+    spec["workers"]["gpusPerNode"] = spec["training"]["recipe"]["virtualRanks"] = 8
 
 
 def _spoilt_data(spec: dict[str, Any], runtime: dict[str, Any]) -> None:

@@ -94,6 +94,18 @@ def test_an_application_error_restarts_the_whole_group_and_the_budget_ends_the_j
     assert world.running("worker-") == []
 
 
+@pytest.mark.parametrize(("cause", "code", "reason"), [("data", 65, "Data"), ("storage", 69, "Storage")])
+def test_damaged_data_and_storage_that_refuses_end_the_job_under_their_own_name(cause, code, reason):
+    world = World()
+    world.turn()
+    for attempt in range(1, 5):
+        assert world.status.outcome is None
+        world.end(f"worker-{attempt:03d}-0000", code, Termination(cause=cause, message="look"))
+        world.turn()
+        world.turn(300)
+    assert world.status.outcome.reason == reason
+
+
 def strict() -> RestartPolicy:
     return RestartPolicy(no_progress=NoProgressBudget(max=1))
 
