@@ -197,7 +197,7 @@ def give_up(facts: GiveUpFacts) -> Outcome | None:
 
 def _over(cause: str, limit: int, reason: str, advice: str, facts: GiveUpFacts) -> Outcome | None:
     if facts.failure.cause == cause and facts.status.restarts.get(cause, 0) > limit:
-        return Outcome(result="Failed", reason=reason, message=f"{facts.failure.message}; {advice}")
+        return Outcome(result="Failed", reason=reason, message=f"{facts.failure.message.rstrip('.')}; {advice}")
     return None
 
 

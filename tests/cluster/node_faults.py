@@ -322,16 +322,21 @@ def write_page(rows: dict[str, str]) -> None:
     """docs/chaos.md with these lines; those that are in it already stay where they are not among them."""
     found = dict(_LINE.findall(PAGE.read_text())) if PAGE.exists() else {}
     found |= {number: f"{text} <!-- {number} -->" for number, text in rows.items()}
-    tables = {
-        "scenarios": [s.number for s in SCENARIOS],
-        "wrong": [w.number for w in wrong_jobs.WRONG_JOBS],
-        "plain": [f"plain-{number}" for number in ("1", "2", "4", "6")],
-        "random": ["16"],
-    }
-    text = {table: "\n".join(found[n] for n in numbers if n in found) for table, numbers in tables.items()}
-    PAGE.write_text(_PAGE.format(**text, steps=STEPS, every=EVERY, fault=FAULT_AT))
+    text = _PAGE.format(steps=STEPS, every=EVERY, fault=FAULT_AT)
+    for number, section in enumerate(_SECTIONS):
+        lines = [found[n] for n in _NUMBERS[number] if n in found]
+        if lines:
+            text += "\n" + section.replace("ROWS", "\n".join(lines))
+    PAGE.write_text(text)
 
 
+_NUMBERS = (
+    [s.number for s in SCENARIOS],
+    [w.number for w in wrong_jobs.WRONG_JOBS],
+    ["16"],
+    [f"plain-{number}" for number in ("1", "2", "4", "6")],
+)
+"""The lines of each table of the page, in order."""
 _LINE = re.compile(r"^(?=.*<!-- (\S+) -->$)(.*)$", re.MULTILINE)
 _PAGE = """<!-- Written by `make chaos-cluster`. -->
 
@@ -346,37 +351,39 @@ Seconds are from the fault: until a survivor says in its log that it stops or mi
 group has formed, until the next step has ended. Steps lost are those that were done again. The result is right where
 the job succeeded, the sample log equals that of a job that was left alone, every step is in the committed log once, and
 every checkpoint was evaluated once.
-
-| # | fault | noticed | re-formed | next step | steps lost | right |
+"""
+_SECTIONS = (
+    """| # | fault | noticed | re-formed | next step | steps lost | right |
 |---|---|---|---|---|---|---|
-{scenarios}
+ROWS
 
 One run of each, without a GPU: gloo and not NCCL, and all nodes share two cores, which is most of the time between the
-new group and its first step.
-
-## Jobs that cannot train
+new group and its first step. Scenarios that are not listed were not played.
+""",
+    """## Jobs that cannot train
 
 | # | what is wrong | what the status says |
 |---|---|---|
-{wrong}
-
-## Faults at random
+ROWS
+""",
+    """## Faults at random
 
 One after the other, each once three workers step again.
 
 | # | job | faults | in this order | median seconds to the next step | worst | steps lost | right |
 |---|---|---|---|---|---|---|---|
-{random}
-
-## Plain torchrun
+ROWS
+""",
+    """## Plain torchrun
 
 The same nodes and image with torchrun's own rendezvous (c10d, `--nnodes=1:3`, its defaults) and no operator; the pods
 sum a tensor.
 
 | # | fault | seconds to the next step |
 |---|---|---|
-{plain}
-"""
+ROWS
+""",
+)
 
 if __name__ == "__main__":
     sys.exit(main())
