@@ -123,10 +123,13 @@ ROWS = (
                 "Time of a pass",
                 tuple(
                     Query(
-                        f"histogram_quantile({q}, sum by (le) (rate(sonoforge_reconcile_seconds_bucket[10m])))",
-                        f"{100 * q:g} %",
+                        f"histogram_quantile({q}, sum by (le) (rate(sonoforge_{metric}_seconds_bucket[10m])))", legend
                     )
-                    for q in (0.5, 0.99)
+                    for q, metric, legend in (
+                        (0.5, "reconcile", "50 %"),
+                        (0.99, "reconcile", "99 %"),
+                        (0.99, "reconcile_whole", "99 % with the wait to write"),
+                    )
                 ),
                 "s",
             ),
