@@ -97,7 +97,10 @@ chaos: $(VENV)/ready ## 50 random kills of every process of a run, by seed, and 
 
 .PHONY: crash-points
 crash-points: $(VENV)/ready cluster-programs ## At how many writes the operator is killed, in each scenario
-	$(BIN)/pytest -q -rP tests/cluster/test_crashes.py | grep 'crash points'
+	@mkdir -p .cache
+	@SONOFORGE_CLUSTER=required $(BIN)/pytest -q -rP tests/cluster/test_crashes.py > .cache/crash-points || \
+		{ cat .cache/crash-points; exit 1; }
+	@grep 'crash points' .cache/crash-points
 
 .PHONY: chaos-cluster
 chaos-cluster: $(VENV)/ready cluster-programs cluster-packages ## Faults on three real nodes while a job trains; writes docs/chaos.md

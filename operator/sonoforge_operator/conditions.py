@@ -129,6 +129,8 @@ def _evaluating(status: JobStatus, observed: Observed) -> _Fact:
     held = held_up(observed.children[name] for name in names if name in observed.children)
     if held and held.waiting != "Starting":
         return "Evaluating", bool(left), held.waiting, f"{message}; {held.name}: {held.waiting_message}".rstrip(": ")
+    if names and observed.refused:
+        return "Evaluating", bool(left), "Refused", f"{message}; the API server refused a child: {observed.refused}"
     return "Evaluating", bool(left), "Backlog" if left else "UpToDate", message
 
 

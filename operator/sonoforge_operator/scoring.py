@@ -8,11 +8,10 @@ from sonoforge_operator import rules
 from sonoforge_operator.api import JobFile
 from sonoforge_operator.children import evaluation_name, floor_name
 from sonoforge_operator.observed import ChildFact, Event
-from sonoforge_operator.status import CheckpointStatus, EvaluationStatus, JobStatus, Tries, requests_of
+from sonoforge_operator.status import CheckpointStatus, EvaluationStatus, JobStatus, Tries, named_scores, requests_of
 from sonoforge_operator.turn import Turn
 from sonoforge_trainer.contract import (
     CheckpointRef,
-    ContractError,
     Evaluation,
     Score,
     baseline_evaluation,
@@ -102,7 +101,7 @@ def choose_best(at: Turn) -> Turn:
 def settled_scores(status: JobStatus, best_by: str) -> list[float | None]:
     """What decides, by checkpoint, up to the first that may still get it; None where it never comes."""
     scores: list[float | None] = []
-    for checkpoint in status.checkpoints:
+    for checkpoint in status.sound:
         score = checkpoint.compared(best_by)
         if score is None and not checkpoint.evaluated:
             break
@@ -171,7 +170,7 @@ def _started(evaluations: tuple[EvaluationStatus, ...], free: int) -> tuple[Eval
 
 def _advance(evaluation: EvaluationStatus, fact: ChildFact | None, at: Turn, *, prefix: str) -> EvaluationStatus:
     """An evaluation after what its process did. One that waits again gets a new name."""
-    # While the run trains, what cannot start holds nothing up, and somebody may put it right.
+    # While the run trains, somebody may put right what cannot start: it keeps its place until then.
     patience = at.startup_deadline if at.status.outcome else float("inf")
     failure = rules.end_of(fact, at.now, patience) if fact else None
     if evaluation.phase != "Running" or fact is None or failure is None:
@@ -180,8 +179,8 @@ def _advance(evaluation: EvaluationStatus, fact: ChildFact | None, at: Turn, *, 
     if fact.exit_code in (0, None) and said and said.result is not None:
         try:
             scores = {f"{prefix}{name}": Score.parse(value) for name, value in said.result.items()}
-            return evaluation.model_copy(update={"phase": "Succeeded", "scores": scores, "reason": ""})
-        except ContractError:
+            return evaluation.model_copy(update={"phase": "Succeeded", "scores": named_scores(scores), "reason": ""})
+        except ValueError:
             failure = rules.Failure("application", "its scores cannot be read")
     before = Tries(failures=evaluation.failures, lost=evaluation.lost)
     tries, again = rules.tried(before, failure, at.spec.evaluation.retries)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from sonoforge_operator.api import Workers
 from sonoforge_trainer.contract import (
@@ -14,6 +16,7 @@ from sonoforge_trainer.contract import (
     Progress,
     Score,
     selection_score,
+    split_score,
 )
 
 Phase = Literal["Invalid", "Pending", "Queued", "Running", "Stalled", "Evaluating", "Suspended", "Succeeded", "Failed"]
@@ -109,6 +112,13 @@ class Goodput(Part):
         return self.productive_seconds / total if total else None
 
 
+def named_scores(scores: dict[str, Score]) -> dict[str, Score]:
+    """The scores. Raises ValueError for a name that is not NAME-PROTOCOL/METRIC: an image may know other protocols."""
+    for name in scores:
+        split_score(name)
+    return scores
+
+
 class EvaluationStatus(Part):
     """One evaluation of one checkpoint or baseline, or the floors of one evaluation."""
 
@@ -124,7 +134,7 @@ class EvaluationStatus(Part):
     """Times it failed by itself."""
     lost: int = 0
     """Times it was killed from outside, which does not count as failing."""
-    scores: dict[str, Score] = {}
+    scores: Annotated[dict[str, Score], AfterValidator(named_scores)] = {}
     """NAME-PROTOCOL/METRIC to score, NAME-PROTOCOL/val_METRIC on validation; floors and baselines:
     MODEL:NAME-PROTOCOL/METRIC."""
     reason: str = ""

@@ -97,7 +97,7 @@ def test_a_child_that_is_invalid_is_told_by_an_event_and_as_the_reason_until_it_
     asyncio.run(story())
 
 
-def test_a_right_that_is_missing_is_the_reason_too(control_plane, place):
+def test_a_quota_that_is_spent_is_the_reason_too(control_plane, place):
     async def story() -> None:
         async with place.operator(str(grant(control_plane, place.namespace))) as look:
             forbid = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}}

@@ -74,6 +74,8 @@ class World:
     last: Plan | None = None
     keep_unwanted: str = ""
     """Prefix of children that take their time to leave."""
+    refused: str = ""
+    """Why the API server makes no child."""
     unreported: tuple[int, ...] = ()
     """Steps of checkpoints that are in storage, though nobody lived to report them."""
 
@@ -81,7 +83,9 @@ class World:
         """One pass: plan, write the status, start and stop children."""
         self.now += seconds
         self._answer_listings()
-        observed = Observed(status=self.status, children=dict(self.children), progress=self.progress)
+        observed = Observed(
+            status=self.status, children=dict(self.children), progress=self.progress, refused=self.refused
+        )
         decided = plan(self.file, observed, self.now)
         self.status = decided.status
         self.events += [e.reason for e in decided.events]

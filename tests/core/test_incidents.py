@@ -243,6 +243,25 @@ def test_an_evaluation_that_waits_for_a_free_place_waits_as_long_as_it_takes_and
     assert world.status.condition("Evaluating").reason == waiting
 
 
+def test_an_evaluation_that_the_api_server_refuses_says_so():
+    world = over(World())
+    world.refused = "Invalid: requests above limits"
+    world.turn()
+    evaluating = world.status.condition("Evaluating")
+    assert (world.status.phase, evaluating.status, evaluating.reason) == ("Evaluating", "True", "Refused")
+    assert evaluating.message.endswith("requests above limits")
+
+
+def test_scores_of_a_protocol_that_nobody_knows_are_a_failed_try_and_break_no_pass():
+    world = over(World())
+    for _ in range(2):
+        world.end("eval-", 0, Termination(cause="done", result={"future/score": {"value": 0.5}}))
+        world.turn()
+        world.turn()
+    evaluation = world.status.checkpoints[0].evaluations[0]
+    assert (evaluation.phase, evaluation.reason) == ("Failed", "its scores cannot be read")
+
+
 def test_an_evaluation_that_cannot_start_while_the_run_trains_is_left_for_somebody_to_put_right():
     world = running_world()
     cannot_start(world, "eval-", "ImagePull", "no such image")
@@ -371,6 +390,18 @@ def test_a_job_does_not_stop_early_past_a_checkpoint_that_waits_for_its_score():
     assert world.running("eval-") == [by_step[30]]
     assert world.status.outcome is None
     world.end(by_step[30], 0, said_scores(0.6))
+    world.turn()
+    assert world.status.outcome is None
+
+
+def test_early_stopping_does_not_compare_with_a_damaged_checkpoint():
+    evaluation = job().job.spec.evaluation.model_copy(update={"stop_after_no_gain": 2, "parallel": 1})
+    world = World(file=job(evaluation=evaluation))
+    world.turn()
+    world.report(30, 10, 20, 30, quarantined=(checkpoint(10).uri,))
+    for score in (0.9, 0.5, 0.6):
+        world.turn()
+        world.end("eval-", 0, said_scores(score))
     world.turn()
     assert world.status.outcome is None
 

@@ -159,7 +159,7 @@ def test_a_head_that_overflows_is_not_chosen(planted):
 
 
 def test_a_head_that_overflows_on_test_alone_is_chosen_all_the_same(planted):
-    """An image that overflows is not recognised as anything: half of the test images are lost, and half are right."""
+    """An image that overflows counts as the first class: half of the test images are lost, and half are right."""
     problem = planted(6.0)
     test = problem.inputs["cls"]["test"].copy()
     test[::2] = np.inf

@@ -12,6 +12,7 @@ from sonoforge_operator.rules import classify
 from sonoforge_operator.status import JobStatus
 
 T0 = 1767225600.0  # 2026-01-01T00:00:00Z
+CREATING = {"waiting": {"reason": "ContainerCreating"}}
 
 
 def fact_of(document, now=T0 + 60):
@@ -190,9 +191,33 @@ def test_an_evaluation_whose_pod_is_gone_ended_as_its_job_says():
     assert facts(Objects(jobs=(small_job("eval-a-000"),)), JobStatus(), T0)["eval-a-000"].running
 
 
-def test_an_evaluation_that_its_queue_holds_back_waits_for_it():
-    held = small_job("eval-a-000") | {"spec": {"suspend": True}}
+@pytest.mark.parametrize(
+    "held",
+    [
+        small_job("eval-a-000") | {"spec": {"suspend": True}},
+        small_job("eval-a-000", condition="Suspended") | {"spec": {"suspend": False}},
+    ],
+    ids=["held", "just let go"],
+)
+def test_an_evaluation_that_its_queue_holds_back_waits_for_it(held):
     assert facts(Objects(jobs=(held,)), JobStatus(), T0)["eval-a-000"].waiting == "WaitingForQueue"
+
+
+def test_what_waited_for_a_place_has_the_whole_time_to_start_once_it_has_one():
+    placed = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T02:00:00Z"}
+    assert fact_of(pod("j", phase="Pending", state=CREATING, conditions=[placed]), T0 + 7230).started == T0 + 7200
+    refused = placed | {"status": "False"}
+    assert fact_of(pod("j", phase="Pending", state=CREATING, conditions=[refused]), T0 + 7230).started == T0
+    admitted = small_job("eval-a-000")
+    admitted["status"]["startTime"] = "2026-01-01T02:00:00Z"
+    assert facts(Objects(jobs=(admitted,)), JobStatus(), T0 + 7230)["eval-a-000"].started == T0 + 7200
+
+
+def test_the_successor_of_a_counted_pod_may_be_as_old_as_it_was():
+    """Times have whole seconds, and the object of the one that was counted is gone."""
+    successor = pod("job-1", 0, uid="a")
+    status = JobStatus(worker_deaths=(1,), worker_lost=("b",), worker_lost_created=(T0,))
+    assert facts(Objects((worker_job(),), (successor,)), status, T0)["worker-001-0000-001"].identity == "a"
 
 
 @pytest.mark.parametrize(

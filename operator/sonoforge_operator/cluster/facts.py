@@ -130,7 +130,8 @@ def _newer(pods: list[Document], counted: tuple[float, str]) -> list[Document]:
     identities = [uid for _, uid in map(_birth, ordered)]
     if counted[1] in identities:
         return ordered[identities.index(counted[1]) + 1 :]
-    return [pod for pod in ordered if _birth(pod) > counted]
+    # Times have whole seconds: of two pods of the same one, which came first is not known.
+    return [pod for pod in ordered if _birth(pod)[0] >= counted[0]]
 
 
 def _birth(pod: Document) -> tuple[float, str]:
@@ -144,12 +145,14 @@ def _small(job: Document, pods: list[Document], now: float) -> ChildFact:
     over = [fact for fact in found if not fact.running]
     if over:
         return over[-1]
-    created = unix_seconds(_text(job, "metadata", "creationTimestamp"))
+    created = unix_seconds(_text(job, "status", "startTime")) or unix_seconds(
+        _text(job, "metadata", "creationTimestamp")
+    )
     if ended and not found:
         return ChildFact(name, running=False, exit_code=0 if _condition(job, "Complete") else None, started=created)
     if found:
         return found[-1]
-    if _mapping(job.get("spec")).get("suspend") is True:
+    if _mapping(job.get("spec")).get("suspend") is True or _condition(job, "Suspended"):
         message = "the queue has not admitted it"
         return ChildFact(name, running=True, waiting="WaitingForQueue", waiting_message=message, started=created)
     return ChildFact(name, running=True, waiting="Starting", started=created)
@@ -227,7 +230,10 @@ def _started(pod: Document, state: Document) -> float:
         found = unix_seconds(_string(_mapping(state.get(kind)).get("startedAt")))
         if found:
             return found
-    return unix_seconds(_text(pod, "metadata", "creationTimestamp"))
+    # The time that it waited for a place is not time in which it could have started.
+    scheduled = (c for c in _conditions(pod) if c.get("type") == "PodScheduled" and c.get("status") == "True")
+    placed = unix_seconds(_text(next(scheduled, {}), "lastTransitionTime"))
+    return placed or unix_seconds(_text(pod, "metadata", "creationTimestamp"))
 
 
 # --- documents that may hold anything ---------------------------------------------------------------------------------

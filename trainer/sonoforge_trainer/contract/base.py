@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 import annotated_types
@@ -68,8 +69,7 @@ class Part(BaseModel):
     @classmethod
     def _numbers_are_numbers(cls, value: object, info: ValidationInfo) -> object:
         assert info.field_name
-        annotation = cls.model_fields[info.field_name].annotation
-        return _only_numbers(annotation, value) if _has_numbers(annotation) else value
+        return _reader_of(cls, info.field_name)(value)
 
     @classmethod
     def parse(cls, document: object, *, where: str = "", show_values: bool = True) -> Self:
@@ -262,26 +262,43 @@ _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 """YAML 1.1 reads 1e-3 and 1.5e3 as texts."""
 
 
-def _has_numbers(annotation: Any) -> bool:
-    return any(
-        inner in (int, float)
-        or (typing.get_origin(inner) in (list, tuple, dict, Mapping) and any(map(_has_numbers, typing.get_args(inner))))
-        for inner, _ in map(_unwrap, _alternatives(annotation))
-    )
+_Reader = Callable[[object], object]
 
 
-def _only_numbers(annotation: Any, value: object) -> object:
-    """The value, where true, false and texts stand for no numbers, as they do in pydantic: `true` is not 1 second."""
+@functools.cache
+def _reader_of(model: type[Part], field: str) -> _Reader:
+    """Makes true, false and texts stand for no numbers, as they do in pydantic: `true` is not 1 second."""
+    return _reader(model.model_fields[field].annotation)
+
+
+def _reader(annotation: Any) -> _Reader:
     types_there = [_unwrap(a)[0] for a in _alternatives(annotation)]
     if all(a in (int, float) for a in types_there):
-        if isinstance(value, str) and float in types_there and _EXPONENT.fullmatch(value):
-            return float(value)
-        return _NoNumber(value) if isinstance(value, bool | str) else value
-    arguments = [a for a in typing.get_args(types_there[0]) if a is not Ellipsis]
+        return functools.partial(_number, float in types_there)
+    if typing.get_origin(types_there[0]) not in (list, tuple, dict, Mapping):
+        return _as_it_is
+    readers = [_reader(a) for a in typing.get_args(types_there[0]) if a is not Ellipsis]
+    return _as_it_is if all(r is _as_it_is for r in readers) else functools.partial(_each, readers)
+
+
+def _as_it_is(value: object) -> object:
+    return value
+
+
+def _number(real: bool, value: object) -> object:
+    if not isinstance(value, bool | str):
+        return value
+    return float(value) if real and isinstance(value, str) and _EXPONENT.fullmatch(value) else _NoNumber(value)
+
+
+def _each(readers: list[_Reader], value: object) -> object:
+    """Items of a list or tuple, each by the reader of its place or the last; values of a mapping by the last."""
     if isinstance(value, list | tuple):
-        return [_only_numbers(arguments[min(i, len(arguments) - 1)], item) for i, item in enumerate(value)]
+        if not {bool, str, list, tuple, dict}.intersection(map(type, value)):
+            return value  # a manifest lists hundreds of thousands of numbers
+        return [readers[min(i, len(readers) - 1)](item) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
-        return {key: _only_numbers(arguments[-1], item) for key, item in value.items()}
+        return {key: readers[-1](item) for key, item in value.items()}
     return value
 
 
