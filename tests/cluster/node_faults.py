@@ -358,7 +358,7 @@ _SECTIONS = (
 ROWS
 
 One run of each, without a GPU: gloo and not NCCL, and all nodes share two cores, which is most of the time between the
-new group and its first step. Scenarios that are not listed were not played.
+new group and its first step. What is not listed was not played, or not since what it found was mended.
 """,
     """## Jobs that cannot train
 

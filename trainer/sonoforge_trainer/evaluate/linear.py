@@ -102,9 +102,8 @@ def linear(problem: Problem, *, epochs: int, resamples: int, seed: int, device: 
     return report(
         problem,
         val[chosen],
-        np.nan_to_num(
-            test[chosen], nan=1 / classes
-        ),  # a test image that overflows counts as the first class, at a chance's odds
+        # A test image that overflows counts as the first class, at a chance's odds.
+        np.nan_to_num(test[chosen], nan=1 / classes),
         chosen=chosen,
         candidates=finite_candidates,
         resamples=resamples,
