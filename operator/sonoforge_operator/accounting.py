@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sonoforge_operator.children import newest_start, worker_facts
+from sonoforge_operator.children import has_stepped, worker_facts
 from sonoforge_operator.status import Goodput
 from sonoforge_operator.turn import Turn
 from sonoforge_trainer.contract import Activity
@@ -33,8 +33,7 @@ def account(at: Turn) -> Turn:
 def _cause(at: Turn) -> str:
     workers = [f for _, f in worker_facts(at.job, at.status, at.observed)]
     progress = at.status.progress
-    stepped = progress is not None and progress.step_time > newest_start(at.job, at.status, at.observed)
-    if at.spec.suspend:
+    if at.status.suspended:
         return "suspended"
     if any(f.waiting == "WaitingForQueue" for f in workers):
         return "queue"
@@ -42,7 +41,7 @@ def _cause(at: Turn) -> str:
         return "belowMinimum" if at.status.reached_step else "start"
     if at.stall is not None:
         return "hang"
-    if stepped and progress is not None:
+    if progress is not None and has_stepped(at.job, at.status, at.observed):
         return "checkpoint" if progress.activity is Activity.CHECKPOINTING else PRODUCTIVE
     return "restore" if progress is not None and progress.activity is Activity.STARTING else "rendezvous"
 

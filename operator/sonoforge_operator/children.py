@@ -13,13 +13,13 @@ from sonoforge_trainer.contract import EvaluationRequest, baseline_evaluation
 
 def wanted_children(job: JobFile, status: JobStatus, observed: Observed, now: float) -> Iterator[Child]:
     """Every child that should exist at Unix time `now`, for a job that has not ended."""
-    if training_wanted(job, status) or any_worker_runs(observed):
+    if training_wanted(status) or any_worker_runs(observed):
         # It outlives the workers, so that their last report is still read.
         yield from _unless_held(
             Child(coordinator_name(status), "coordinator"), status.coordinator_backoff.until, now, observed
         )
     older = any(f.running and 0 < attempt_of(name) < status.attempt for name, f in observed.children.items())
-    if training_wanted(job, status) and not older:  # the older group may still be saving the checkpoint to start from
+    if training_wanted(status) and not older:  # the older group may still be saving the checkpoint to start from
         for index, deaths in enumerate(node_deaths(status, job)):
             worker = Child(worker_name(status.attempt, index, deaths), "worker", attempt=status.attempt, index=index)
             yield from _unless_held(worker, status.node_backoff.until, now, observed)
@@ -103,14 +103,14 @@ def set_digest(ids: tuple[str, ...]) -> str:
 # --- what the status and the facts mean -------------------------------------------------------------------------------
 
 
-def training_wanted(job: JobFile, status: JobStatus) -> bool:
-    """Whether the nodes should exist."""
-    return status.outcome is None and not job.job.spec.suspend
+def training_wanted(status: JobStatus) -> bool:
+    """Whether the nodes should exist. A job that is to be suspended keeps them until it has saved."""
+    return status.outcome is None and not status.suspended
 
 
-def coordinator_wanted(job: JobFile, status: JobStatus, observed: Observed) -> bool:
+def coordinator_wanted(status: JobStatus, observed: Observed) -> bool:
     """Whether somebody needs the coordinator. It outlives the workers, so that their last report is still read."""
-    return training_wanted(job, status) or any_worker_runs(observed)
+    return training_wanted(status) or any_worker_runs(observed)
 
 
 def last_checkpoint_is_known(job: JobFile, status: JobStatus) -> bool:
@@ -144,6 +144,11 @@ def held_up(facts: Iterable[ChildFact]) -> ChildFact | None:
     """The first of these that waits: what may wait for ever is told before what only starts."""
     waiting = [fact for fact in facts if fact.waiting]
     return min(waiting, key=lambda fact: fact.waiting == "Starting", default=None)
+
+
+def has_stepped(job: JobFile, status: JobStatus, observed: Observed) -> bool:
+    """Whether a step ended since the newest process of the group started: before, it has nothing storage has not."""
+    return status.progress is not None and status.progress.step_time > newest_start(job, status, observed)
 
 
 def newest_start(job: JobFile, status: JobStatus, observed: Observed) -> float:

@@ -6,10 +6,10 @@ from sonoforge_operator.api import JobFile
 from sonoforge_operator.children import (
     evaluation_name,
     floor_name,
+    has_stepped,
     held_up,
     inventory_name,
     inventory_wanted,
-    newest_start,
     retention_name,
 )
 from sonoforge_operator.observed import ChildFact, Observed
@@ -29,7 +29,7 @@ def conditions(
     running = sum(f.works for f in workers)
     waiting_for_queue = any(f.waiting == "WaitingForQueue" for f in workers)
     outcome = status.outcome
-    suspended = job.job.spec.suspend and not any(f.running for f in workers) and outcome is None
+    suspended = status.suspended and not any(f.running for f in workers) and outcome is None
     facts: list[_Fact] = [
         ("Accepted", True, "Valid", "the job can run"),
         ("Queued", waiting_for_queue, "WaitingForQueue" if waiting_for_queue else "NotWaiting", ""),
@@ -39,7 +39,7 @@ def conditions(
         ("Stalled", stall is not None, stall.reason if stall else "Stepping", stall.message if stall else ""),
         _evaluating(status, observed),
         _collapsed(job, status),
-        ("Suspended", suspended, "Asked" if suspended else "NotAsked", ""),
+        _suspended(job, status, suspended),
         _end("Succeeded", status, "NotYet"),
         _end("Failed", status, "NoFailure"),
     ]
@@ -104,7 +104,7 @@ def _rendezvoused(answer: Progress | None, running: int) -> _Fact:
 def _training(job: JobFile, status: JobStatus, observed: Observed, stall: Stall | None, now: float) -> _Fact:
     """A run trains when a step ended since its newest process started: what it says of itself is not enough."""
     known = status.progress
-    if known is None or known.step_time <= newest_start(job, status, observed):
+    if known is None or not has_stepped(job, status, observed):
         return "Training", False, str(known.activity) if known else "Waiting", "no step since the last start"
     if stall:
         return "Training", False, stall.reason, stall.message
@@ -146,6 +146,14 @@ def _collapsed(job: JobFile, status: JobStatus) -> _Fact:
     if found is None:
         return "Collapsed", None, "NotMeasured", ""
     return "Collapsed", bool(found), "AllAlike" if found else "Varied", found
+
+
+def _suspended(job: JobFile, status: JobStatus, suspended: bool) -> _Fact:
+    if suspended or not job.job.spec.suspend or status.outcome:
+        return "Suspended", suspended, "Asked" if suspended else "NotAsked", ""
+    if status.saving:
+        return "Suspended", False, "Saving", f"waits for the checkpoint of step {status.saving.step}"
+    return "Suspended", False, "Leaving", "the nodes leave"
 
 
 def _not_training(outcome: Outcome | None) -> _Fact:

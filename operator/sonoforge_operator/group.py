@@ -7,6 +7,7 @@ from sonoforge_operator.api import seconds
 from sonoforge_operator.children import (
     coordinator_name,
     coordinator_wanted,
+    has_stepped,
     held_up,
     last_checkpoint_is_known,
     newest_start,
@@ -15,22 +16,43 @@ from sonoforge_operator.children import (
     worker_facts,
 )
 from sonoforge_operator.observed import ChildFact, Event
-from sonoforge_operator.status import Backoff, ExcludedNode, JobStatus
+from sonoforge_operator.status import Backoff, ExcludedNode, JobStatus, Saving
 from sonoforge_operator.turn import Turn
 from sonoforge_trainer.contract import Progress, Request
 
 _USEFUL_SECONDS = 60.0
 _EXCLUDED_SECONDS = 24 * 3600.0
+_SAVE_SECONDS = 900.0
+"""How long a job that is to be suspended may take for its checkpoint: a save that retries, or 18 GB at 20 MB/s."""
 
 
 def suspend(at: Turn) -> Turn:
-    """Release the nodes where the job asks for it, and begin a new attempt once it does not any more."""
-    asked = at.spec.suspend
-    if asked == at.status.suspended or at.status.outcome:
+    """Where the job asks for it, have a checkpoint made, then release the nodes; a new attempt begins on its return."""
+    if at.status.outcome:
         return at
-    if asked:
-        return at.update(Event("Suspended", "the nodes save a checkpoint and are released"), suspended=True)
-    return _next_attempt(at.update(Event("Resumed", "going on from the newest checkpoint"), suspended=False))
+    if not at.spec.suspend:
+        if at.status.suspended:
+            return _next_attempt(at.update(Event("Resumed", "going on from the newest checkpoint"), suspended=False))
+        return at.update(saving=None) if at.status.saving else at  # they never left
+    if at.status.suspended:
+        return at
+    step = at.status.progress.step if at.status.progress else 0
+    saving = at.status.saving or Saving(since=at.now, step=step)
+    works = any(f.works for _, f in worker_facts(at.job, at.status, at.observed))
+    if not works or not has_stepped(at.job, at.status, at.observed):
+        return _released(at, Event("Suspended", "no step since the newest node started; the nodes are released"))
+    if at.status.durable_step >= saving.step:
+        return _released(at, Event("Suspended", f"step {at.status.durable_step} is saved; the nodes are released"))
+    if at.now - saving.since > _SAVE_SECONDS:
+        # They try once more on leaving.
+        message = f"no checkpoint of step {saving.step} within {_SAVE_SECONDS:.0f} s; the nodes are released"
+        return _released(at, Event("Suspended", message, warning=True))
+    if at.status.saving is None:
+        at = at.update(Event("Suspending", "the nodes save a checkpoint first"), saving=saving)
+    if at.observed.progress is None:
+        return at  # nobody would hear it
+    # Asked at every pass, as a coordinator that is replaced knows nothing; by its id it is carried out once.
+    return at.ask(Request(kind="checkpoint", id=f"suspend-{at.status.attempt}-{saving.since:.3f}"))
 
 
 def resize(at: Turn) -> Turn:
@@ -40,7 +62,7 @@ def resize(at: Turn) -> Turn:
         return at
     if at.status.workers is None:
         return at.update(workers=wanted)
-    if not training_wanted(at.job, at.status):
+    if not training_wanted(at.status):
         return at
     event = Event("Resized", f"{wanted.min_nodes} to {wanted.max_nodes} nodes of {wanted.gpus_per_node} processes")
     return _next_attempt(at.update(event, workers=wanted))
@@ -49,7 +71,7 @@ def resize(at: Turn) -> Turn:
 def count_coordinator(at: Turn) -> Turn:
     """Replace a coordinator that ended."""
     fact = at.observed.children.get(coordinator_name(at.status))
-    if fact is None or fact.running or not coordinator_wanted(at.job, at.status, at.observed):
+    if fact is None or fact.running or not coordinator_wanted(at.status, at.observed):
         return at
     # One that lived long was of use, and one that a step was told to: only what dies at its start is waited for.
     told = at.status.progress is not None and at.status.progress.step_time > fact.started
@@ -64,7 +86,7 @@ def count_coordinator(at: Turn) -> Turn:
 
 def count_workers(at: Turn) -> Turn:
     """Replace lost nodes one by one; start a new attempt, or give up, for anything else."""
-    if not training_wanted(at.job, at.status) or last_checkpoint_is_known(at.job, at.status):
+    if not training_wanted(at.status) or last_checkpoint_is_known(at.job, at.status):
         return at  # what was committed decides, not how the processes end after it
     facts = worker_facts(at.job, at.status, at.observed)
     at = _count_unseen(at, facts)
@@ -86,7 +108,7 @@ def count_workers(at: Turn) -> Turn:
 
 def watch_for_stalls(at: Turn) -> Turn:
     """Start over a group that does not step."""
-    if not training_wanted(at.job, at.status) or last_checkpoint_is_known(at.job, at.status):
+    if not training_wanted(at.status) or last_checkpoint_is_known(at.job, at.status):
         return at
     coordinator = at.observed.children.get(coordinator_name(at.status))
     workers = worker_facts(at.job, at.status, at.observed)
@@ -111,6 +133,10 @@ def watch_for_stalls(at: Turn) -> Turn:
     if found.restart:
         at = _restart(at, rules.Failure("stall", f"{found.reason}: {found.message}"))
     return at.stalled(found)
+
+
+def _released(at: Turn, event: Event) -> Turn:
+    return at.update(event, suspended=True, saving=None)
 
 
 def _next_attempt(at: Turn, backoff: Backoff | None = None) -> Turn:

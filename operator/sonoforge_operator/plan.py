@@ -36,10 +36,10 @@ def plan(job: JobFile, observed: Observed, now: float) -> Plan:
     turn = Turn(job, observed, now, observed.status)
     for part in (
         _accept,
-        suspend,
-        resize,
         follow_suite,
         _read_progress,
+        suspend,
+        resize,
         count_coordinator,
         count_workers,
         watch_for_stalls,

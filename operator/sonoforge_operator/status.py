@@ -86,6 +86,15 @@ class Backoff(Part):
     """Unix time of the next start."""
 
 
+class Saving(Part):
+    """The checkpoint that a job which is to be suspended waits for."""
+
+    since: float
+    """Unix time at which it was asked for."""
+    step: int
+    """Step that the run had reached then: a checkpoint of it or of a later one is enough."""
+
+
 class ExcludedNode(Part):
     """A machine that the job avoids where it can."""
 
@@ -216,6 +225,8 @@ class JobStatus(Part):
     """Machines whose hardware failed under this job."""
     suspended: bool = False
     """Whether the nodes were released because the job asks for it; a new attempt follows."""
+    saving: Saving | None = None
+    """What the nodes save before they are released; they train on until then."""
     coordinator_deaths: int = 0
     """How often the coordinator ended and was replaced."""
     restarts: dict[str, int] = {}

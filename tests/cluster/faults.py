@@ -182,6 +182,25 @@ def shrink(site: RealSite, name: str) -> Fault:
     return Fault(partial(resize, 3))
 
 
+def suspend(site: RealSite, name: str) -> Fault:
+    """`kubectl patch` to suspend, and back once every worker has left."""
+
+    def ask(wish: str) -> None:
+        site.kubectl("patch", "pj", name, "--type=merge", f'--patch={{"spec":{{"suspend":{wish}}}}}')
+
+    resume = partial(ask, "false")
+    ask("true")
+    try:
+        site.wait_for(
+            lambda: site.phase(name) == "Suspended" and not site.pods(name, "worker"),
+            f"{name} has released its nodes",
+            _WAIT_SECONDS,
+        )
+    finally:
+        resume()
+    return Fault()
+
+
 # --- storage ----------------------------------------------------------------------------------------------------------
 
 

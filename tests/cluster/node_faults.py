@@ -44,6 +44,7 @@ from faults import (
     spoil_shards,
     stop_api_server,
     stop_s3,
+    suspend,
     with_operator,
 )
 from outcomes import Outcome, differences, outcome_of
@@ -98,6 +99,7 @@ _SINGLE = (
     Scenario("6b", "cable of the coordinator's node pulled, never back", cut_coordinators_node),
     Scenario("7", "preempted by a job of higher priority", preempt, mended=_AFTER_NEXT_STEP, returns=True, steps=LONG),
     Scenario("8", "resized 3 → 1 → 3 by kubectl", shrink, mended=_AFTER_NEXT_STEP, returns=True, steps=LONG),
+    Scenario("8b", "suspended by kubectl, resumed once its nodes are free", suspend),
     Scenario("9", "S3 down for 60 s while training", stop_s3, regroups=False, mended=OUTAGE),
     Scenario("9b", "S3 down for 60 s during a checkpoint", stop_s3, at=2 * EVERY - 1, regroups=False, mended=OUTAGE),
     Scenario("10", "shards corrupted in S3, repaired once the job says so", spoil_shards, mended=_AFTER_NEXT_STEP),

@@ -168,6 +168,8 @@ class Run:
     evaluated: list[str] = field(default_factory=list)
     """Ids of the evaluations that were done, one entry for each time."""
     deleted: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    """Ids of the requests for a checkpoint that were carried out."""
     history: list[tuple[float, str, int]] = field(default_factory=list)
 
     @property
@@ -326,6 +328,11 @@ class Played:
                     break
             run.history.append((time.time(), members, run.step))
         attempt = max(int(pod.metadata.labels[LABEL_ATTEMPT]) for pod in workers)
+        for request in publisher.requests():
+            if request.kind == "checkpoint":
+                run.commit()
+                run.asked.append(request.id)
+            publisher.acknowledge(request)
         publisher.publish(self._progress(run, len(workers), attempt))
         if run.step >= run.steps and coordinator.heard(run.step):
             for pod in workers:

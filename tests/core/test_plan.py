@@ -7,7 +7,8 @@ from builders import World, checkpoint, job, said_scores
 
 from sonoforge_operator.api import EvaluationPolicy, NameRef, RestartPolicy, Workers
 from sonoforge_operator.api.job import NoProgressBudget
-from sonoforge_trainer.contract import Activity, CheckpointConfig, Termination
+from sonoforge_operator.observed import ChildFact
+from sonoforge_trainer.contract import Activity, CheckpointConfig, Progress, Termination
 
 
 def policy(**changes: object) -> EvaluationPolicy:
@@ -281,19 +282,120 @@ def test_scores_that_stop_rising_stop_the_job_and_the_checkpoint_made_on_leaving
     assert world.status.checkpoints[-1].ref.step == 33
 
 
-def test_suspending_releases_the_workers_and_unsuspending_brings_them_back():
+def to_be_suspended() -> World:
+    """A run at step 15 whose newest checkpoint is of step 10, on the pass that finds it is to be suspended."""
     world = World()
     world.turn()
     world.report(10, 10)
     world.turn()
+    world.report(15, 10)
+    world.turn()
     world.file = job(suspend=True)
     world.turn()
+    return world
+
+
+def test_suspending_saves_first_then_releases_the_workers_and_unsuspending_brings_them_back():
+    world = to_be_suspended()
+    (request,) = world.last.requests
+    assert request.kind == "checkpoint"
+    for step in (16, 17, 18):  # they train on until it is there
+        world.report(step, 10)
+        world.turn()
+        assert len(world.running("worker-")) == 2
+        assert world.last.requests == (request,), "the same, however often it is asked"
+    assert world.status.phase == "Running"
+    suspended = world.status.condition("Suspended")
+    assert (suspended.status, suspended.reason) == ("False", "Saving")
+    assert "step 15" in suspended.message
+
+    world.report(20, 10, 19)
+    world.turn()
+    assert world.last.requests == ()
     world.turn()
     assert world.running("worker-") == []
     assert world.status.phase in ("Suspended", "Evaluating")
+    assert [e for e in world.events if e.startswith("Suspend")] == ["Suspending", "Suspended"]
     world.file = job()
     world.turn()
     assert len(world.running("worker-")) == 2
+    assert (world.status.attempt, world.status.restarts) == (2, {})
+
+
+def test_suspending_is_asked_again_of_a_coordinator_that_took_the_place_of_another():
+    world = to_be_suspended()
+    (request,) = world.last.requests
+    world.end("coordinator-", None)
+    world.progress = None
+    world.turn()
+    assert world.running("coordinator-") == ["coordinator-001"]
+    assert world.last.requests == (), "nobody would hear it"
+    world.progress = Progress()
+    world.turn()
+    assert world.last.requests == (request,)
+    world.report(20, 10, 19)
+    world.turn()
+    assert world.running("worker-") == []
+
+
+def test_suspending_does_not_wait_for_a_group_that_lost_what_it_did():
+    world = to_be_suspended()
+    lost = world.running("worker-")[0]
+    world.children[lost] = ChildFact(name=lost, running=False, exit_code=-9, identity="gone")
+    for _ in range(3):
+        world.turn()
+    assert world.running("worker-") == []
+    assert world.status.phase in ("Suspended", "Evaluating")
+
+
+def test_suspending_waits_for_no_group_that_did_nothing_yet():
+    world = World(file=job(suspend=True))
+    world.turn()
+    assert world.started == []
+    world = World()
+    world.turn()
+    world.file = job(suspend=True)
+    world.turn()
+    assert world.running("worker-") == []
+    assert world.last.requests == ()
+
+
+def test_suspending_waits_a_quarter_of_an_hour_for_a_checkpoint_that_does_not_come():
+    world = to_be_suspended()
+    for step in range(16, 60):
+        world.report(step, 10)
+        world.turn(20)
+    assert len(world.running("worker-")) == 2
+    world.report(60, 10)
+    world.turn(30)
+    assert world.running("worker-") == []
+    assert next(e for e in world.last.events if e.reason == "Suspended").warning
+
+
+def test_a_wish_to_suspend_that_is_taken_back_disturbs_nothing():
+    world = to_be_suspended()
+    world.file = job()
+    world.report(16, 10)
+    world.turn()
+    assert (world.status.attempt, world.status.saving, world.last.requests) == (1, None, ())
+    assert world.started.count("worker-001-0000-000") == 1
+    productive = world.status.goodput.productive_seconds
+    world.report(17, 10)
+    world.turn()
+    assert world.status.goodput.productive_seconds == productive + 1
+    assert "suspended" not in world.status.goodput.lost_seconds
+
+
+def test_every_wish_to_suspend_is_a_request_of_its_own():
+    world = to_be_suspended()
+    (first,) = world.last.requests
+    world.file = job()
+    world.turn()
+    world.file = job(suspend=True)
+    world.report(16, 10)
+    world.turn()
+    (second,) = world.last.requests
+    assert first.id != second.id
 
 
 def test_a_run_that_stops_stepping_is_started_over_as_a_new_attempt():

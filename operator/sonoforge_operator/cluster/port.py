@@ -176,7 +176,7 @@ class ClusterPort:
             await self._apply_all(job, desired.standing_objects(job))
         for request in decided.requests:
             await self._send(job, request)
-        await self._release(job.names, decided, training_wanted(job.file, decided.status), now)
+        await self._release(job.names, decided, training_wanted(decided.status), now)
         await self._start(job, decided)
         self._refused.pop(job.names.uid, None)
         await self._posting.post(job.names, decided.events, now, decided.status.attempt)
