@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from objects import documents, ended, file, pod, worker_job
 
+from sonoforge_operator.api import JobFile
 from sonoforge_operator.cluster.coordinators import Coordinators
 from sonoforge_operator.cluster.desired import ClusterJob
 from sonoforge_operator.cluster.facts import Objects, facts
@@ -28,7 +29,7 @@ from sonoforge_operator.cluster.store import Store
 from sonoforge_operator.observed import Observed
 from sonoforge_operator.plan import plan
 from sonoforge_operator.resources import CheckpointSpec
-from sonoforge_operator.status import JobStatus, Outcome
+from sonoforge_operator.status import JobStatus, Outcome, Saving
 from sonoforge_trainer.contract import CheckpointRef, ContractError, Progress
 
 _EXAMPLES = int(os.environ.get("SONOFORGE_FUZZ_EXAMPLES", "120"))
@@ -160,7 +161,13 @@ def a_live_job() -> tuple[dict[str, Any], dict[str, Any]]:
     floors = tuple(floor.model_copy(update={"phase": "Running"}) for floor in status.floors)
     assert floors
     status = status.model_copy(
-        update={"floors": floors, "pruning": (ref(10).id,), "worker_deaths": (1, 0, 2), "worker_lost": ("a", "", "b")}
+        update={
+            "floors": floors,
+            "pruning": (ref(10).id,),
+            "worker_deaths": (1, 0, 2),
+            "worker_lost": ("a", "", "b"),
+            "saving": Saving(since=T0, step=30),
+        }
     )
     spec = CheckpointSpec.of(ref(20), job="fetal.v2", job_uid="u").document()
     metadata = {"name": "x", "namespace": "n", "uid": "u"}
@@ -168,6 +175,12 @@ def a_live_job() -> tuple[dict[str, Any], dict[str, Any]]:
         {"metadata": metadata, "status": {"record": remember(status)}},
         {"metadata": {"name": "c"}, "spec": spec, "status": checkpoint_document(checkpoint, status, job.file)},
     )
+
+
+def suspended(job: JobFile, wish: bool) -> JobFile:
+    """The job, with or without the wish to suspend it."""
+    spec = job.job.spec.model_copy(update={"suspend": wish})
+    return job.model_copy(update={"job": job.job.model_copy(update={"spec": spec})})
 
 
 def live_job() -> ClusterJob:
@@ -199,9 +212,10 @@ def test_the_record_of_a_job_that_runs_is_read_or_refused_and_a_pass_has_an_answ
     for turn in range(3):
         now = T0 + 60.0 * turn
         found = facts(Objects((worker_job(status.attempt),), pods), status, now)
-        decided = plan(job.file, Observed(status, found), now)
+        said = status.progress if data.draw(st.booleans()) else None
+        decided = plan(suspended(job.file, data.draw(st.booleans())), Observed(status, found, said), now)
         status = decided.status
-        job_document(job, status, Observed(status, found))
+        job_document(job, status, Observed(status, found, said))
 
 
 @HOSTILE
@@ -223,7 +237,7 @@ def test_pods_and_answers_that_lie_never_make_a_budget_negative_or_a_name_too_lo
         except ContractError:
             said = None
         before = status
-        decided = plan(job, Observed(status, found, said), now)
+        decided = plan(suspended(job, data.draw(st.booleans())), Observed(status, found, said), now)
         status = decided.status
         counts = [*status.restarts.values(), *status.worker_deaths, status.lost_steps, status.restarts_without_progress]
         assert min(counts, default=0) >= 0
