@@ -212,18 +212,17 @@ def stop_s3(site: RealSite, name: str) -> Fault:
 
 
 def spoil_shards(site: RealSite, name: str) -> Fault:
-    """A flipped bit in every shard, and a new pod that has to read them."""
+    """A flipped bit in every shard, and a new pod that has to read them; repaired as soon as the job names its data."""
     shards = [uri for uri in site.objects(f"{DATA}/train/") if uri.endswith(".tar")]
     assert shards, "the data set has shards"
     good = {uri: site.flip_bit(uri) for uri in shards}
-    delete_worker(site, name)
-
-    def mend() -> None:
-        while good:
-            site.wait_for(lambda: site.status(name)["restarts"].get("data"), f"{name} names its data", _WAIT_SECONDS)
-            site.put(*good.popitem())
-
-    return Fault(mend)
+    try:
+        delete_worker(site, name)
+        site.wait_for(lambda: site.status(name)["restarts"].get("data"), f"{name} names its data", _WAIT_SECONDS)
+    finally:
+        for uri, content in good.items():
+            site.put(uri, content)
+    return Fault()
 
 
 def spoil_checkpoints(number: int) -> Strike:

@@ -102,7 +102,7 @@ _SINGLE = (
     Scenario("8b", "suspended by kubectl, resumed once its nodes are free", suspend),
     Scenario("9", "S3 down for 60 s while training", stop_s3, regroups=False, mended=OUTAGE),
     Scenario("9b", "S3 down for 60 s during a checkpoint", stop_s3, at=2 * EVERY - 1, regroups=False, mended=OUTAGE),
-    Scenario("10", "shards corrupted in S3, repaired once the job says so", spoil_shards, mended=_AFTER_NEXT_STEP),
+    Scenario("10", "shards corrupted in S3, repaired once the job says so", spoil_shards),
     Scenario("11", "newest checkpoint corrupted, worker pod deleted", spoil_checkpoints(1), at=2 * EVERY + 10),
     Scenario("11b", "two newest checkpoints corrupted, worker pod deleted", spoil_checkpoints(2), at=2 * EVERY + 10),
 )
