@@ -104,7 +104,7 @@ def set_digest(ids: tuple[str, ...]) -> str:
 
 
 def training_wanted(status: JobStatus) -> bool:
-    """Whether the nodes should exist. A job that is to be suspended keeps them until it has saved."""
+    """Whether the nodes should exist. A job that is to be suspended keeps them until they have saved."""
     return status.outcome is None and not status.suspended
 
 
@@ -129,8 +129,8 @@ def inventory_wanted(status: JobStatus, observed: Observed) -> bool:
 
 
 def node_deaths(status: JobStatus, job: JobFile) -> tuple[int, ...]:
-    """For each node that should exist, how often its process was replaced."""
-    wanted = job.job.spec.workers.max_nodes
+    """For each node of the attempt, how often its process was replaced."""
+    wanted = (status.workers or job.job.spec.workers).max_nodes
     return (status.worker_deaths + (0,) * wanted)[:wanted]
 
 

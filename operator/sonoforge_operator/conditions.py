@@ -39,7 +39,7 @@ def conditions(
         ("Stalled", stall is not None, stall.reason if stall else "Stepping", stall.message if stall else ""),
         _evaluating(status, observed),
         _collapsed(job, status),
-        _suspended(job, status, suspended),
+        _suspended(status, suspended),
         _end("Succeeded", status, "NotYet"),
         _end("Failed", status, "NoFailure"),
     ]
@@ -148,12 +148,13 @@ def _collapsed(job: JobFile, status: JobStatus) -> _Fact:
     return "Collapsed", bool(found), "AllAlike" if found else "Varied", found
 
 
-def _suspended(job: JobFile, status: JobStatus, suspended: bool) -> _Fact:
-    if suspended or not job.job.spec.suspend or status.outcome:
-        return "Suspended", suspended, "Asked" if suspended else "NotAsked", ""
+def _suspended(status: JobStatus, suspended: bool) -> _Fact:
     if status.saving:
-        return "Suspended", False, "Saving", f"waits for the checkpoint of step {status.saving.step}"
-    return "Suspended", False, "Leaving", "the nodes leave"
+        said = "were asked to save and leave" if status.saving.asked else "cannot be asked: their coordinator is silent"
+        return "Suspended", False, "Saving", f"the nodes {said}"
+    if status.suspended and not suspended and not status.outcome:
+        return "Suspended", False, "Leaving", "the nodes leave"
+    return "Suspended", suspended, "Asked" if suspended else "NotAsked", ""
 
 
 def _not_training(outcome: Outcome | None) -> _Fact:

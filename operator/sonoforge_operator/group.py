@@ -7,7 +7,6 @@ from sonoforge_operator.api import seconds
 from sonoforge_operator.children import (
     coordinator_name,
     coordinator_wanted,
-    has_stepped,
     held_up,
     last_checkpoint_is_known,
     newest_start,
@@ -18,48 +17,57 @@ from sonoforge_operator.children import (
 from sonoforge_operator.observed import ChildFact, Event
 from sonoforge_operator.status import Backoff, ExcludedNode, JobStatus, Saving
 from sonoforge_operator.turn import Turn
-from sonoforge_trainer.contract import Progress, Request
+from sonoforge_trainer.contract import Activity, Progress, Request
 
 _USEFUL_SECONDS = 60.0
 _EXCLUDED_SECONDS = 24 * 3600.0
-_SAVE_SECONDS = 900.0
-"""How long a job that is to be suspended may take for its checkpoint: a save that retries, or 18 GB at 20 MB/s."""
+_LEAVING_SECONDS = 300.0
+"""How long nodes that are asked to leave may take until they save. A save has the patience of every checkpoint."""
 
 
 def suspend(at: Turn) -> Turn:
-    """Where the job asks for it, have a checkpoint made, then release the nodes; a new attempt begins on its return."""
+    """Where the job asks for it, have the nodes save and leave, then release them; a new attempt begins on its return.
+
+    Whoever was asked to leave leaves, though the wish may be taken back: the next attempt begins once they are gone.
+    """
+    saving = at.status.saving
     if at.status.outcome:
-        return at
-    if not at.spec.suspend:
-        if at.status.suspended:
-            return _next_attempt(at.update(Event("Resumed", "going on from the newest checkpoint"), suspended=False))
-        return at.update(saving=None) if at.status.saving else at  # they never left
+        return at.update(saving=None) if saving else at
     if at.status.suspended:
-        return at
-    step = at.status.progress.step if at.status.progress else 0
-    saving = at.status.saving or Saving(since=at.now, step=step)
-    works = any(f.works for _, f in worker_facts(at.job, at.status, at.observed))
-    if not works or not has_stepped(at.job, at.status, at.observed):
-        return _released(at, Event("Suspended", "no step since the newest node started; the nodes are released"))
-    if at.status.durable_step >= saving.step:
-        return _released(at, Event("Suspended", f"step {at.status.durable_step} is saved; the nodes are released"))
-    if at.now - saving.since > _SAVE_SECONDS:
-        # They try once more on leaving.
-        message = f"no checkpoint of step {saving.step} within {_SAVE_SECONDS:.0f} s; the nodes are released"
+        if at.spec.suspend:
+            return at
+        return _next_attempt(at.update(Event("Resumed", "going on from the newest checkpoint"), suspended=False))
+    if not at.spec.suspend and not (saving and saving.asked):
+        return at.update(saving=None) if saving else at
+    saving = saving or Saving(since=at.now)
+    workers = [f for _, f in worker_facts(at.job, at.status, at.observed)]
+    if any(_left(at, fact) for fact in workers):
+        return _released(at, Event("Suspended", "the nodes saved a checkpoint and left"))
+    answer, known = at.observed.progress, at.status.progress
+    answered = answer is not None and answer.updated > 0
+    stepped = known is not None and known.step_time > at.status.attempt_started
+    if not any(f.works for f in workers) or known is None or (answered and not stepped):
+        return _released(at, Event("Suspended", "no node made a step that is not saved"))
+    if answer is not None and answered and saving.group != answer.attempt:
+        saving = Saving(since=saving.since, asked=at.now, group=answer.attempt)
+    busy = answer is not None and answer.activity is Activity.CHECKPOINTING  # how long that may take is a stall's rule
+    if at.now - (saving.asked or saving.since) > _LEAVING_SECONDS and not busy:
+        message = f"the nodes did not save and leave within {_LEAVING_SECONDS:.0f} s, and are taken away"
         return _released(at, Event("Suspended", message, warning=True))
-    if at.status.saving is None:
-        at = at.update(Event("Suspending", "the nodes save a checkpoint first"), saving=saving)
-    if at.observed.progress is None:
+    if saving != at.status.saving:
+        told = () if at.status.saving else (Event("Suspending", "the nodes are asked to save and leave"),)
+        at = at.update(*told, saving=saving)
+    if answer is None or not saving.asked:
         return at  # nobody would hear it
     # Asked at every pass, as a coordinator that is replaced knows nothing; by its id it is carried out once.
-    return at.ask(Request(kind="checkpoint", id=f"suspend-{at.status.attempt}-{saving.since:.3f}"))
+    return at.ask(Request(kind="stop", id=f"suspend-{at.status.attempt}-{saving.asked:.3f}"))
 
 
 def resize(at: Turn) -> Turn:
     """Start a new attempt where the spec asks for another size. The old one saves a checkpoint on leaving."""
     wanted = at.spec.workers
-    if at.status.workers == wanted:
-        return at
+    if at.status.workers == wanted or at.status.saving:
+        return at  # who saves and leaves is not hurried; the next attempt has the new size
     if at.status.workers is None:
         return at.update(workers=wanted)
     if not training_wanted(at.status):
@@ -96,7 +104,7 @@ def count_workers(at: Turn) -> Turn:
     if real:
         # Where one node fails, the others end because of it: theirs is never the cause while another is known.
         return _restart(at, min(real, key=lambda f: f.cause == "collective"))
-    lost = [(i, f) for i, f, failure in failures if failure.cause == "infrastructure"]
+    lost = [(i, f) for i, f, failure in failures if failure.cause == "infrastructure" and not _left(at, f)]
     if lost:
         at = _replace(at, lost)
     finished = [f for _, f, failure in failures if failure.cause == "finished"]
@@ -135,6 +143,12 @@ def watch_for_stalls(at: Turn) -> Turn:
     return at.stalled(found)
 
 
+def _left(at: Turn, fact: ChildFact) -> bool:
+    """Whether a process ended because it was asked to save and leave."""
+    asked = at.status.saving is not None and at.status.saving.asked > 0
+    return asked and not fact.running and fact.termination is not None and fact.termination.final
+
+
 def _released(at: Turn, event: Event) -> Turn:
     return at.update(event, suspended=True, saving=None)
 
@@ -154,7 +168,8 @@ def _next_attempt(at: Turn, backoff: Backoff | None = None) -> Turn:
 
 def _count_unseen(at: Turn, facts: list[tuple[int, ChildFact]]) -> Turn:
     """Count nodes whose process was replaced by the platform before anybody saw its end: they were lost."""
-    seen = list((at.status.worker_seen + ("",) * at.spec.workers.max_nodes)[: at.spec.workers.max_nodes])
+    size = len(node_deaths(at.status, at.job))
+    seen = list((at.status.worker_seen + ("",) * size)[:size])
     lost_before = at.status.worker_lost
     events = []
     for index, fact in facts:

@@ -87,12 +87,14 @@ class Backoff(Part):
 
 
 class Saving(Part):
-    """The checkpoint that a job which is to be suspended waits for."""
+    """How a job that is to be suspended leaves its nodes."""
 
     since: float
-    """Unix time at which it was asked for."""
-    step: int
-    """Step that the run had reached then: a checkpoint of it or of a later one is enough."""
+    """Unix time at which the wish was first seen."""
+    asked: float = 0.0
+    """Unix time at which the process group was first asked to save and leave; 0 before."""
+    group: str = ""
+    """Identity of the process group that was asked. Another one has to be asked again."""
 
 
 class ExcludedNode(Part):
@@ -226,7 +228,7 @@ class JobStatus(Part):
     suspended: bool = False
     """Whether the nodes were released because the job asks for it; a new attempt follows."""
     saving: Saving | None = None
-    """What the nodes save before they are released; they train on until then."""
+    """The nodes are asked to save and leave; they are released once they have."""
     coordinator_deaths: int = 0
     """How often the coordinator ended and was replaced."""
     restarts: dict[str, int] = {}

@@ -13,6 +13,7 @@ import psutil
 from control_plane import API_SERVER, ETCD
 from node import Node, add_gpus
 from real_site import DATA, RealSite, job
+from worker_logs import records
 
 from sonoforge_trainer.contract import CheckpointRef
 
@@ -183,22 +184,25 @@ def shrink(site: RealSite, name: str) -> Fault:
 
 
 def suspend(site: RealSite, name: str) -> Fault:
-    """`kubectl patch` to suspend, and back once every worker has left."""
+    """`kubectl patch` to suspend; resumed to mend it, once every worker has saved and left."""
 
     def ask(wish: str) -> None:
         site.kubectl("patch", "pj", name, "--type=merge", f'--patch={{"spec":{{"suspend":{wish}}}}}')
 
-    resume = partial(ask, "false")
+    def resume() -> None:
+        if resumed:
+            return
+        resumed.append(name)
+        try:
+            site.wait_for(lambda: site.phase(name) == "Suspended", f"{name} has released its nodes", _WAIT_SECONDS)
+            ends = [record for record in records(site, name) if record.get("event") == "stopped"]
+            assert any(record.get("asked") is True for record in ends), "its workers left as they were asked"
+        finally:
+            ask("false")
+
+    resumed: list[str] = []
     ask("true")
-    try:
-        site.wait_for(
-            lambda: site.phase(name) == "Suspended" and not site.pods(name, "worker"),
-            f"{name} has released its nodes",
-            _WAIT_SECONDS,
-        )
-    finally:
-        resume()
-    return Fault()
+    return Fault(resume)
 
 
 # --- storage ----------------------------------------------------------------------------------------------------------

@@ -63,11 +63,13 @@ OUTAGE = 60.0
 """Seconds for which a server is gone."""
 _SECONDS = 600
 _AFTER_NEXT_STEP = "after the next step"
+_AT_ONCE = "at once"
 _FAILURES = (TimeoutError, AssertionError, subprocess.CalledProcessError)
 """A scenario that was not got over is told, and the next one is played."""
 
-Mending = Literal["at the end", "after the next step"] | float
-"""When a fault is mended; a number is seconds after it began. At the end is after the job is done."""
+Mending = Literal["at once", "at the end", "after the next step"] | float
+"""When a fault is mended; a number is seconds after it began. At the end is after the job is done, and at once is
+before any step: the way back is a part of what is played."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ _SINGLE = (
     Scenario("6b", "cable of the coordinator's node pulled, never back", cut_coordinators_node),
     Scenario("7", "preempted by a job of higher priority", preempt, mended=_AFTER_NEXT_STEP, returns=True, steps=LONG),
     Scenario("8", "resized 3 → 1 → 3 by kubectl", shrink, mended=_AFTER_NEXT_STEP, returns=True, steps=LONG),
-    Scenario("8b", "suspended by kubectl, resumed once its nodes are free", suspend),
+    Scenario("8b", "suspended by kubectl, resumed once its nodes are free", suspend, mended=_AT_ONCE),
     Scenario("9", "S3 down for 60 s while training", stop_s3, regroups=False, mended=OUTAGE),
     Scenario("9b", "S3 down for 60 s during a checkpoint", stop_s3, at=2 * EVERY - 1, regroups=False, mended=OUTAGE),
     Scenario("10", "shards corrupted in S3, repaired once the job says so", spoil_shards),
@@ -147,6 +149,8 @@ def strike_and_measure(site: RealSite, watch: Watch, name: str, scenario: Scenar
     began = time.time()
     fault = scenario.strike(site, name)
     try:
+        if scenario.mended == _AT_ONCE:
+            fault.mend()
         after = watch.wait_until(
             lambda p: p.step_time > began and (p.attempt != before.attempt or not scenario.regroups),
             "the next step",
@@ -160,7 +164,7 @@ def strike_and_measure(site: RealSite, watch: Watch, name: str, scenario: Scenar
         )
         if isinstance(scenario.mended, float):
             time.sleep(max(0.0, began + scenario.mended - time.time()))
-        if scenario.mended != "at the end":
+        if scenario.mended not in (_AT_ONCE, "at the end"):
             fault.mend()
         if scenario.returns:
             watch.wait_until(lambda p: p.nodes == 3 and p.attempt != before.attempt, "three workers again", _SECONDS)

@@ -32,7 +32,15 @@ from sonoforge_operator.cluster.names import (
     LABEL_JOB,
     LABEL_PART,
 )
-from sonoforge_trainer.contract import Activity, CheckpointRef, EvaluationRequest, Progress, RunConfig, Termination
+from sonoforge_trainer.contract import (
+    Activity,
+    CheckpointRef,
+    EvaluationRequest,
+    ExitCode,
+    Progress,
+    RunConfig,
+    Termination,
+)
 from sonoforge_trainer.coordinator_client import ProgressPublisher
 from sonoforge_trainer.store_link import PROGRESS_KEY, StoreLink, parse_endpoint
 
@@ -168,8 +176,8 @@ class Run:
     evaluated: list[str] = field(default_factory=list)
     """Ids of the evaluations that were done, one entry for each time."""
     deleted: list[str] = field(default_factory=list)
-    asked: list[str] = field(default_factory=list)
-    """Ids of the requests for a checkpoint that were carried out."""
+    stops: list[str] = field(default_factory=list)
+    """Ids of the requests to save and leave that were carried out."""
     history: list[tuple[float, str, int]] = field(default_factory=list)
 
     @property
@@ -329,21 +337,26 @@ class Played:
             run.history.append((time.time(), members, run.step))
         attempt = max(int(pod.metadata.labels[LABEL_ATTEMPT]) for pod in workers)
         for request in publisher.requests():
-            if request.kind == "checkpoint":
+            if request.kind == "stop":
                 run.commit()
-                run.asked.append(request.id)
-            publisher.acknowledge(request)
-        publisher.publish(self._progress(run, len(workers), attempt))
+                run.stops.append(request.id)
+                publisher.publish(self._progress(run, len(workers), attempt, Activity.STOPPED))
+                for pod in workers:
+                    left = Termination(cause="terminated", final=True)
+                    self._pods.fail(pod.metadata.name, ExitCode.TERMINATED, left.to_json())
+                publisher.acknowledge(request)
+                return
+        publisher.publish(self._progress(run, len(workers), attempt, Activity.TRAINING))
         if run.step >= run.steps and coordinator.heard(run.step):
             for pod in workers:
                 self._pods.succeed(pod.metadata.name, Termination(cause="done").to_json())
 
-    def _progress(self, run: Run, nodes: int, attempt: int) -> Progress:
+    def _progress(self, run: Run, nodes: int, attempt: int, activity: Activity) -> Progress:
         recipe = run.config.training.recipe
         done = run.step >= run.steps
         return Progress(
             attempt=f"{attempt}-{run.group[:40]}",
-            activity=Activity.FINISHED if done else Activity.TRAINING,
+            activity=Activity.FINISHED if done else activity,
             updated=time.time(),
             step=run.step,
             steps=run.steps,

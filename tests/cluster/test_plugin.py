@@ -100,7 +100,7 @@ def test_a_job_is_suspended_resumed_and_resized_and_goes_on_from_its_newest_chec
     person.wait_for(lambda: person.get("pods", WORKERS)["items"] == [], "the nodes are released")
     newest = max(ref.step for ref in run.storage)
     assert newest == run.step, "it was saved before they went"
-    assert len(run.asked) == 1
+    assert len(run.stops) == 1
     assert person.status("fetal")["attempt"] == 1
 
     assert "fetal: resumed" in person.say("resume", "fetal")

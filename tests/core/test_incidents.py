@@ -95,7 +95,9 @@ def test_a_long_upload_of_the_last_checkpoint_is_no_stall():
 def test_suspending_does_not_count_the_coordinator_as_lost():
     world = running_world()
     world.file = job(suspend=True)
-    for _ in range(3):
+    world.turn()
+    world.end("worker-", 143, Termination(cause="terminated", final=True))
+    for _ in range(2):
         world.turn()
     if world.running("coordinator-"):
         world.end("coordinator-", 0)

@@ -41,6 +41,8 @@ class Machine:
         self.started: list[str] = []
         self.results: dict[str, int] = {}
         self.history: list[JobStatus] = [self.status]
+        self.stops: set[str] = set()
+        self.told_to_stop = False
 
     def ask(self, **spec: object) -> None:
         """Somebody edits the job file."""
@@ -64,11 +66,17 @@ class Machine:
         self.history.append(decided.status)
         wanted = [c.name for c in decided.children]
         assert len(set(wanted)) == len(wanted)
-        actions = [(self._remove, n) for n in sorted(set(self.children) - set(wanted))]
+        actions = [(self._deliver, request.id) for request in decided.requests if request.kind == "stop"]
+        actions += [(self._remove, n) for n in sorted(set(self.children) - set(wanted))]
         actions += [(self._start, n) for n in wanted if n not in self.children]
         for act, name in actions[:cut]:
             act(name)
         self._check()
+
+    def _deliver(self, id_: str) -> None:
+        if self.running("coordinator-") and id_ not in self.stops:
+            self.stops.add(id_)
+            self.told_to_stop = bool(self.running("worker-"))
 
     def _remove(self, name: str) -> None:
         if name.startswith("worker-") and self.children[name].running and name not in self.leaving:
@@ -102,11 +110,11 @@ class Machine:
         self.now += steps
         base = max(self.storage, default=0)
         self.step = max(self.step, base)
-        target = min(STEPS, self.step + steps)
+        target = min(STEPS, self.step + (1 if self.told_to_stop else steps))
         commits = [s for s in range(self.step + 1, target + 1) if s % 20 == 0 or s == STEPS]
         if 0 not in self.storage:
             commits.insert(0, 0)
-        if self.leaving:
+        if self.leaving or self.told_to_stop:
             commits.append(target)
         self.storage = sorted({*self.storage, *commits})
         self.step = target
@@ -115,6 +123,10 @@ class Machine:
         if target == STEPS:
             for name in self.running("worker-"):
                 self.end(name, 0)
+        if self.told_to_stop:
+            self.told_to_stop = False
+            for name in self.running("worker-"):
+                self.end(name, 143, LEFT)
 
     def report(self, activity: Activity) -> None:
         self.memory = Progress(
@@ -172,6 +184,12 @@ class Machine:
         before, status = self.history[-2], self.status
         nodes = [tuple(n.split("-")[1:3]) for n in self.running("worker-")]
         assert len(nodes) == len(set(nodes)), "two live processes for one node"
+        if status.suspended and not before.suspended and self.running("worker-") and before.progress:
+            asked = before.saving and (before.saving.asked or before.saving.since)
+            in_time = asked is None or self.now - asked <= 300
+            assert not in_time or self.step <= max(self.storage, default=0), "released before it was saved"
+        assert not (status.suspended and status.saving)
+        assert status.saving is None or status.outcome is None
         indices = [n.split("-")[2] for n in self.running("worker-") if n not in self.leaving]
         assert len(indices) == len(set(indices)), "two live processes for one node of two attempts"
         assert len(self.running("coordinator-")) <= 1
@@ -212,6 +230,7 @@ class Machine:
         assert max(self.storage) == STEPS or self.patience
 
 
+LEFT = Termination(cause="terminated", final=True)
 SIZES = [{"minNodes": 1, "maxNodes": n} for n in (1, 2, 3)]
 KINDS = ("worker-", "coordinator-", "eval-", "floor-", "retention-", "inventory-")
 EVENTS = st.one_of(

@@ -166,7 +166,7 @@ def a_live_job() -> tuple[dict[str, Any], dict[str, Any]]:
             "pruning": (ref(10).id,),
             "worker_deaths": (1, 0, 2),
             "worker_lost": ("a", "", "b"),
-            "saving": Saving(since=T0, step=30),
+            "saving": Saving(since=T0, asked=T0, group="a"),
         }
     )
     spec = CheckpointSpec.of(ref(20), job="fetal.v2", job_uid="u").document()

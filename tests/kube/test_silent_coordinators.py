@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from sonoforge_operator.cluster.coordinators import Coordinators
 from sonoforge_operator.cluster.names import Key, Names
-from sonoforge_trainer.contract import Progress
+from sonoforge_trainer.contract import Progress, Request
 
 NAMES = Names(Key("n", "x"), "u")
 
@@ -76,6 +76,43 @@ def test_a_run_that_answers_again_is_asked_every_time():
             run.visits.clear()
             await run.ask_every_second(5)
             assert run.visits == [11, 12, 13, 15], "and it starts from the beginning"
+
+    asyncio.run(story())
+
+
+async def request_every_second(run: Run, seconds: int, id_: str) -> list[bool]:
+    heard = []
+    for _ in range(seconds):
+        heard.append(await run.visitor.ask(NAMES, Request(kind="stop", id=id_)))
+        run.now[0] += 1.0
+    return heard
+
+
+def test_a_run_that_takes_no_request_is_asked_less_and_less_often_though_it_tells_its_progress():
+    async def story():
+        async with opened() as run:
+            assert await request_every_second(run, 10, "a") == [False] * 10
+            assert run.visits == [0, 1, 2, 4, 8]
+            run.answers = True
+            assert await run.ask_every_second(1) == [Progress()]
+            run.answers = False
+            run.visits.clear()
+            assert await request_every_second(run, 10, "a") == [False] * 10
+            assert run.visits == [16], "what it says does not count for what it hears"
+
+    asyncio.run(story())
+
+
+def test_what_was_heard_is_sent_again_after_half_a_minute_and_at_once_to_another_coordinator():
+    async def story():
+        async with opened() as run:
+            run.answers = True
+            assert await request_every_second(run, 62, "a") == [True] * 62
+            assert run.visits == [0, 30, 60]
+            assert await request_every_second(run, 1, "b") == [True]
+            run.visitor.forget(NAMES.uid)
+            assert await request_every_second(run, 1, "b") == [True]
+            assert run.visits == [0, 30, 60, 62, 63]
 
     asyncio.run(story())
 

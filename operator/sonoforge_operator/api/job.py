@@ -103,8 +103,7 @@ class PretrainJobSpec(Part):
     queue_name: OptionalObjectName = ""
     """Kueue queue. Empty: the runtime's."""
     suspend: bool = False
-    """Save a checkpoint, then release the nodes; false again continues from there. After 15 minutes without
-    one the nodes are released all the same."""
+    """Save a checkpoint, then release the nodes; false again continues from there."""
     ttl_after_finished: Duration | None = None
     """Delete the job this long after it finished."""
 

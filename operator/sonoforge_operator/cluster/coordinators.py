@@ -19,6 +19,7 @@ DEFAULT_URL = "http://{service}.{namespace}.svc:8080"
 
 _SECONDS = 3.0
 _LONGEST_WAIT_SECONDS = 60.0
+_AGAIN_SECONDS = 30.0
 _MOST_BYTES = 4 * 2**20
 
 
@@ -36,7 +37,7 @@ class Coordinators:
     """A visitor with the operator's key. Whoever has not answered after `seconds` is left.
 
     A run that is silent costs that time at every visit, so it is asked again only after it was silent for as long
-    again, and at least once a minute. `steady` gives seconds.
+    again, and at least once a minute; what it says and what it hears apart. `steady` gives seconds.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class Coordinators:
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
         self._key, self._url, self._steady = key, url, steady
-        self._silent: dict[str, tuple[float, float]] = {}  # by uid: since when, and until when it is left alone
+        self._silent: dict[tuple[str, str], tuple[float, float]] = {}  # since when, and until when it is left alone
+        self._heard: dict[str, tuple[str, float]] = {}  # by uid: the newest request that was heard, and when
         # A coordinator is inside the cluster: a proxy of the environment must neither be asked nor see the token.
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=seconds),
@@ -70,16 +72,7 @@ class Coordinators:
 
     async def progress(self, names: Names) -> Progress | None:
         """What a run says; None where nobody answers in time, or what makes no sense, or it is left alone for now."""
-        now = self._steady()
-        since, until = self._silent.get(names.uid, (now, now))
-        if now < until:
-            return None
-        try:
-            body = await self._visit(names, "/progress")
-        except TimeoutError:
-            self._silent[names.uid] = (since, now + min(_LONGEST_WAIT_SECONDS, now - since))
-            return None
-        self.forget(names.uid)
+        body = await self._patiently(names, "/progress")
         if body is None:
             return None
         try:
@@ -88,15 +81,38 @@ class Coordinators:
             return None
 
     async def ask(self, names: Names, request: Request) -> bool:
-        """Ask something of a run. Whether it was heard; if not, ask again: the same request counts once."""
-        try:
-            return await self._visit(names, "/request", request.to_json().encode()) is not None
-        except TimeoutError:
-            return False
+        """Ask something of a run. Whether it was heard; if not, ask again: the same request counts once.
+
+        What was heard is sent again only after half a minute, for a coordinator that was replaced.
+        """
+        now = self._steady()
+        newest, when = self._heard.get(names.uid, ("", 0.0))
+        if newest == request.id and now - when < _AGAIN_SECONDS:
+            return True
+        heard = await self._patiently(names, "/request", request.to_json().encode()) is not None
+        if heard:
+            self._heard[names.uid] = (request.id, now)
+        return heard
 
     def forget(self, uid: str) -> None:
-        """Forget that a run was silent: it is gone, or its coordinator is another one."""
-        self._silent.pop(uid, None)
+        """Forget what a run said and heard: it is gone, or its coordinator is another one."""
+        self._heard.pop(uid, None)
+        for path in ("/progress", "/request"):
+            self._silent.pop((uid, path), None)
+
+    async def _patiently(self, names: Names, path: str, body: bytes | None = None) -> bytes | None:
+        """A visit, unless the run was silent there and is left alone for now."""
+        key, now = (names.uid, path), self._steady()
+        since, until = self._silent.get(key, (now, now))
+        if now < until:
+            return None
+        try:
+            found = await self._visit(names, path, body)
+        except TimeoutError:
+            self._silent[key] = (since, now + min(_LONGEST_WAIT_SECONDS, now - since))
+            return None
+        self._silent.pop(key, None)
+        return found
 
     async def _visit(self, names: Names, path: str, body: bytes | None = None) -> bytes | None:
         url = self._url.format(service=names.coordinator, namespace=names.key.namespace, job=names.key.name) + path

@@ -161,7 +161,7 @@ def resize(place: Place, job: str, min_nodes: int | None, max_nodes: int | None)
 def suspend(place: Place, job: str) -> None:
     """Have a job save a checkpoint and release its nodes."""
     _change(place, job, {"suspend": True})
-    click.echo(f"{job}: saves a checkpoint, then releases its nodes")
+    click.echo(f"{job}: asked to save a checkpoint, then to release its nodes")
     click.echo(f"`kubectl sonoforge resume {job}` goes on from the newest checkpoint")
 
 
