@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sonoforge_operator.children import has_stepped, worker_facts
+from sonoforge_operator.children import has_stepped, size_of, worker_facts
 from sonoforge_operator.status import Goodput
 from sonoforge_operator.turn import Turn
 from sonoforge_trainer.contract import Activity
@@ -37,7 +37,7 @@ def _cause(at: Turn) -> str:
         return "suspended"
     if any(f.waiting == "WaitingForQueue" for f in workers):
         return "queue"
-    if sum(f.works for f in workers) < at.spec.workers.min_nodes:
+    if sum(f.works for f in workers) < size_of(at.job, at.status).min_nodes:
         return "belowMinimum" if at.status.reached_step else "start"
     if at.stall is not None:
         return "hang"

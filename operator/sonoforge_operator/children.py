@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 
-from sonoforge_operator.api import JobFile
+from sonoforge_operator.api import JobFile, Workers
 from sonoforge_operator.observed import Child, ChildFact, Observed
 from sonoforge_operator.status import EvaluationStatus, JobStatus, request_of
 from sonoforge_trainer.contract import EvaluationRequest, baseline_evaluation
@@ -21,7 +21,8 @@ def wanted_children(job: JobFile, status: JobStatus, observed: Observed, now: fl
     older = any(f.running and 0 < attempt_of(name) < status.attempt for name, f in observed.children.items())
     if training_wanted(status) and not older:  # the older group may still be saving the checkpoint to start from
         for index, deaths in enumerate(node_deaths(status, job)):
-            worker = Child(worker_name(status.attempt, index, deaths), "worker", attempt=status.attempt, index=index)
+            name, size = worker_name(status.attempt, index, deaths), size_of(job, status)
+            worker = Child(name, "worker", attempt=status.attempt, index=index, workers=size)
             yield from _unless_held(worker, status.node_backoff.until, now, observed)
     for checkpoint in status.checkpoints:
         for evaluation in checkpoint.evaluations:
@@ -128,9 +129,14 @@ def inventory_wanted(status: JobStatus, observed: Observed) -> bool:
     return status.outcome is not None and not status.listed and not any_worker_runs(observed)
 
 
+def size_of(job: JobFile, status: JobStatus) -> Workers:
+    """Size of the attempt. Another one that the job asks for comes with the next attempt."""
+    return status.workers or job.job.spec.workers
+
+
 def node_deaths(status: JobStatus, job: JobFile) -> tuple[int, ...]:
     """For each node of the attempt, how often its process was replaced."""
-    wanted = (status.workers or job.job.spec.workers).max_nodes
+    wanted = size_of(job, status).max_nodes
     return (status.worker_deaths + (0,) * wanted)[:wanted]
 
 

@@ -11,6 +11,7 @@ from sonoforge_operator.children import (
     inventory_name,
     inventory_wanted,
     retention_name,
+    size_of,
 )
 from sonoforge_operator.observed import ChildFact, Observed
 from sonoforge_operator.rules import Stall, collapse
@@ -33,7 +34,7 @@ def conditions(
     facts: list[_Fact] = [
         ("Accepted", True, "Valid", "the job can run"),
         ("Queued", waiting_for_queue, "WaitingForQueue" if waiting_for_queue else "NotWaiting", ""),
-        _scheduled(job, workers, outcome, observed.refused),
+        _scheduled(job, status, workers, observed.refused),
         _rendezvoused(observed.progress, running),
         _training(job, status, observed, stall, now) if running and outcome is None else _not_training(outcome),
         ("Stalled", stall is not None, stall.reason if stall else "Stepping", stall.message if stall else ""),
@@ -77,12 +78,12 @@ def _end(result: str, status: JobStatus, otherwise: str) -> _Fact:
     return result, status.terminal, outcome.reason, outcome.message
 
 
-def _scheduled(job: JobFile, workers: list[ChildFact], outcome: Outcome | None, refused: str) -> _Fact:
-    working, wanted = sum(f.works for f in workers), job.job.spec.workers
+def _scheduled(job: JobFile, status: JobStatus, workers: list[ChildFact], refused: str) -> _Fact:
+    working, wanted = sum(f.works for f in workers), size_of(job, status)
     message = f"{working} nodes run, {wanted.min_nodes} to {wanted.max_nodes} are wanted"
     if working >= wanted.min_nodes:
         return "Scheduled", True, "Running", message
-    if outcome is not None:
+    if status.outcome is not None:
         return "Scheduled", False, "Over", f"{working} nodes run, none is wanted any more"
     waiting = held_up(workers)
     if waiting:
@@ -108,7 +109,7 @@ def _training(job: JobFile, status: JobStatus, observed: Observed, stall: Stall 
         return "Training", False, str(known.activity) if known else "Waiting", "no step since the last start"
     if stall:
         return "Training", False, stall.reason, stall.message
-    if known.activity not in (Activity.TRAINING, Activity.CHECKPOINTING):
+    if known.activity not in (Activity.TRAINING, Activity.CHECKPOINTING, Activity.STOPPED):  # stopped: they leave
         return "Training", False, str(known.activity), ""
     message = f"step {known.step} of {known.steps} on {known.world_size} processes"
     silent = observed.progress is None or not observed.progress.updated
@@ -150,7 +151,7 @@ def _collapsed(job: JobFile, status: JobStatus) -> _Fact:
 
 def _suspended(status: JobStatus, suspended: bool) -> _Fact:
     if status.saving:
-        said = "were asked to save and leave" if status.saving.asked else "cannot be asked: their coordinator is silent"
+        said = "were asked to save and leave" if status.saving.asked else "are to be asked to save and leave"
         return "Suspended", False, "Saving", f"the nodes {said}"
     if status.suspended and not suspended and not status.outcome:
         return "Suspended", False, "Leaving", "the nodes leave"

@@ -11,18 +11,17 @@ from sonoforge_operator.children import (
     last_checkpoint_is_known,
     newest_start,
     node_deaths,
+    size_of,
     training_wanted,
     worker_facts,
 )
 from sonoforge_operator.observed import ChildFact, Event
 from sonoforge_operator.status import Backoff, ExcludedNode, JobStatus, Saving
 from sonoforge_operator.turn import Turn
-from sonoforge_trainer.contract import Activity, Progress, Request
+from sonoforge_trainer.contract import Progress, Request
 
 _USEFUL_SECONDS = 60.0
 _EXCLUDED_SECONDS = 24 * 3600.0
-_LEAVING_SECONDS = 300.0
-"""How long nodes that are asked to leave may take until they save. A save has the patience of every checkpoint."""
 
 
 def suspend(at: Turn) -> Turn:
@@ -36,31 +35,40 @@ def suspend(at: Turn) -> Turn:
     if at.status.suspended:
         if at.spec.suspend:
             return at
-        return _next_attempt(at.update(Event("Resumed", "going on from the newest checkpoint"), suspended=False))
+        event = Event("Resumed", "going on from the newest checkpoint")
+        return _next_attempt(at.update(event, suspended=False, workers=at.spec.workers))
     if not at.spec.suspend and not (saving and saving.asked):
         return at.update(saving=None) if saving else at
     saving = saving or Saving(since=at.now)
     workers = [f for _, f in worker_facts(at.job, at.status, at.observed)]
-    if any(_left(at, fact) for fact in workers):
+    if any(map(_left, workers)):
         return _released(at, Event("Suspended", "the nodes saved a checkpoint and left"))
     answer, known = at.observed.progress, at.status.progress
     answered = answer is not None and answer.updated > 0
-    stepped = known is not None and known.step_time > at.status.attempt_started
-    if not any(f.works for f in workers) or known is None or (answered and not stepped):
+    if (
+        not any(f.works for f in workers)
+        or known is None
+        or (answered and known.step_time <= at.status.attempt_started)
+    ):
         return _released(at, Event("Suspended", "no node made a step that is not saved"))
     if answer is not None and answered and saving.group != answer.attempt:
-        saving = Saving(since=saving.since, asked=at.now, group=answer.attempt)
-    busy = answer is not None and answer.activity is Activity.CHECKPOINTING  # how long that may take is a stall's rule
-    if at.now - (saving.asked or saving.since) > _LEAVING_SECONDS and not busy:
-        message = f"the nodes did not save and leave within {_LEAVING_SECONDS:.0f} s, and are taken away"
+        saving = Saving(since=saving.since, group=answer.attempt)
+    request = Request(kind="stop", attempt=saving.group, id=f"suspend-{saving.since:.3f}-{saving.group}")
+    if saving.group and not saving.asked and at.observed.heard == request.id:
+        saving = saving.model_copy(update={"asked": at.now})
+    limit = rules.leaving_after_seconds(known)
+    if at.now - (saving.asked or saving.since) > limit:
+        if not at.spec.suspend:
+            return at.update(saving=None)  # nobody wants it any more, and they do not do it
+        message = f"the nodes did not save and leave within {limit:.0f} s, and are taken away"
         return _released(at, Event("Suspended", message, warning=True))
     if saving != at.status.saving:
         told = () if at.status.saving else (Event("Suspending", "the nodes are asked to save and leave"),)
         at = at.update(*told, saving=saving)
-    if answer is None or not saving.asked:
+    if answer is None or not saving.group:
         return at  # nobody would hear it
     # Asked at every pass, as a coordinator that is replaced knows nothing; by its id it is carried out once.
-    return at.ask(Request(kind="stop", id=f"suspend-{at.status.attempt}-{saving.asked:.3f}"))
+    return at.ask(request)
 
 
 def resize(at: Turn) -> Turn:
@@ -72,6 +80,8 @@ def resize(at: Turn) -> Turn:
         return at.update(workers=wanted)
     if not training_wanted(at.status):
         return at
+    if at.status.attempt != at.observed.status.attempt:
+        return at.update(workers=wanted)  # one begins in this pass, and may have any size
     event = Event("Resized", f"{wanted.min_nodes} to {wanted.max_nodes} nodes of {wanted.gpus_per_node} processes")
     return _next_attempt(at.update(event, workers=wanted))
 
@@ -100,12 +110,18 @@ def count_workers(at: Turn) -> Turn:
     at = _count_unseen(at, facts)
     failures = [(i, f, rules.classify(f)) for i, f in facts if not f.running]
     at = _exclude(at, {f.node for _, f, failure in failures if failure.cause == "hardware" and f.node})
-    real = [f for _, _, f in failures if f.cause not in ("finished", "infrastructure")]
+    left = [f for _, f, _ in failures if _left(f)]
+    if left and not at.status.saving:
+        event = Event("Restarted", "the nodes left, as an earlier request asked them to", warning=True)
+        return _next_attempt(at.update(event), _node_backoff(at))
+    # Where some left as they were asked, the others have saved too, however they end.
+    passing = ("finished", "infrastructure", "collective") if left else ("finished", "infrastructure")
+    real = [f for _, _, f in failures if f.cause not in passing]
     if real:
         # Where one node fails, the others end because of it: theirs is never the cause while another is known.
         return _restart(at, min(real, key=lambda f: f.cause == "collective"))
-    lost = [(i, f) for i, f, failure in failures if failure.cause == "infrastructure" and not _left(at, f)]
-    if lost:
+    lost = [(i, f) for i, f, failure in failures if failure.cause == "infrastructure"]
+    if lost and not left:
         at = _replace(at, lost)
     finished = [f for _, f, failure in failures if failure.cause == "finished"]
     if finished and len(finished) == len(facts) and at.observed.progress is not None:
@@ -125,7 +141,7 @@ def watch_for_stalls(at: Turn) -> Turn:
         progress=at.status.progress or Progress(),
         answered=at.observed.progress is not None,
         running=sum(f.works for _, f in workers),
-        min_nodes=at.spec.workers.min_nodes,
+        min_nodes=size_of(at.job, at.status).min_nodes,
         policy=at.spec.restart_policy,
         since=newest_start(at.job, at.status, at.observed),
         coordinator_since=coordinator.started if coordinator else at.now,
@@ -143,10 +159,9 @@ def watch_for_stalls(at: Turn) -> Turn:
     return at.stalled(found)
 
 
-def _left(at: Turn, fact: ChildFact) -> bool:
-    """Whether a process ended because it was asked to save and leave."""
-    asked = at.status.saving is not None and at.status.saving.asked > 0
-    return asked and not fact.running and fact.termination is not None and fact.termination.final
+def _left(fact: ChildFact) -> bool:
+    """Whether a process ended because its group was asked to save and leave."""
+    return not fact.running and fact.termination is not None and fact.termination.final
 
 
 def _released(at: Turn, event: Event) -> Turn:

@@ -74,6 +74,7 @@ class LocalPort:
         self._processes = Processes(folder)
         self._config = self._keep_config(file.run_config(uid))
         self._token = self._keep_secret("token")
+        self._heard = ""
         self._keep_secret("hash.key")
         self._endpoints = self._keep_endpoints()
 
@@ -197,7 +198,7 @@ class LocalPort:
         """The facts: children first, progress after, as the plan expects."""
         status = self.read_status()
         facts = {name: self._processes.fact(name) for name in self._processes.names()}
-        return Observed(status=status, children=facts, progress=self._progress())
+        return Observed(status=status, children=facts, progress=self._progress(), heard=self._heard)
 
     def _progress(self) -> Progress | None:
         answer = self._http("/progress")
@@ -246,7 +247,8 @@ class LocalPort:
     def _send(self, request: Request) -> None:
         if request.kind == "lost":
             request = request.model_copy(update={"node": _address(int(request.node))})
-        self._http("/request", request.to_json().encode())
+        if self._http("/request", request.to_json().encode()) is not None:
+            self._heard = request.id
 
     def _start(self, child: Child) -> None:
         if child.kind == "coordinator":
@@ -260,7 +262,7 @@ class LocalPort:
     def _command(self, child: Child) -> list[str]:
         python = [sys.executable, "-m", "sonoforge_trainer"]
         where = self._endpoints
-        workers = self.file.job.spec.workers
+        workers = child.workers
         match child.kind:
             case "coordinator":
                 return [
@@ -304,7 +306,7 @@ class LocalPort:
         environment = {ENV_HASH_KEY_FILE: str(self.folder / "hash.key")}
         if child.kind == "worker":
             environment[ENV_CONFIG] = str(self.folder / "config.json")
-            environment |= gpus_of_node(child.index, self.file.job.spec.workers)
+            environment |= gpus_of_node(child.index, child.workers)
         return environment
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sonoforge_operator.api import Workers
 from sonoforge_operator.status import JobStatus
 from sonoforge_trainer.contract import EvaluationRequest, Progress, Request, Termination
 
@@ -24,6 +25,8 @@ class Child:
     """Attempt it belongs to, for a worker."""
     index: int = 0
     """Number of the node, for a worker."""
+    workers: Workers = field(default_factory=Workers)
+    """Size of its attempt, for a worker."""
     request: EvaluationRequest | None = None
     """What to evaluate, for an evaluation; for a floor, what to run without any learning or on a
     baseline."""
@@ -78,6 +81,8 @@ class Observed:
     """Children by name."""
     progress: Progress | None = None
     """What the coordinator answered just now; None where it did not."""
+    heard: str = ""
+    """Id of the newest request that the coordinator took; empty where none is known."""
     refused: str = ""
     """Why the children that were asked for last could not be made; empty where they could."""
 

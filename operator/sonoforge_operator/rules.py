@@ -327,6 +327,13 @@ def stall_after_seconds(policy: RestartPolicy, median_step_seconds: float) -> fl
     return float(seconds(policy.stall_after))
 
 
+def leaving_after_seconds(progress: Progress) -> float:
+    """Seconds that nodes which were asked to save and leave may take. They agree at a step, then they save."""
+    if progress.activity is Activity.CHECKPOINTING:
+        return _CHECKPOINT_PATIENCE_SECONDS
+    return max(300.0, 10.0 * progress.median_step_seconds)
+
+
 def _silence(facts: StallFacts) -> float:
     return facts.now - max(facts.since, facts.coordinator_since, facts.progress.updated)
 

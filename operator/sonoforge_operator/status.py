@@ -92,9 +92,9 @@ class Saving(Part):
     since: float
     """Unix time at which the wish was first seen."""
     asked: float = 0.0
-    """Unix time at which the process group was first asked to save and leave; 0 before."""
+    """Unix time at which the process group was known to have heard that it is to save and leave; 0 before."""
     group: str = ""
-    """Identity of the process group that was asked. Another one has to be asked again."""
+    """Identity of that process group. Another one has to be asked again."""
 
 
 class ExcludedNode(Part):
@@ -228,7 +228,7 @@ class JobStatus(Part):
     suspended: bool = False
     """Whether the nodes were released because the job asks for it; a new attempt follows."""
     saving: Saving | None = None
-    """The nodes are asked to save and leave; they are released once they have."""
+    """Set while nodes that are to be released are asked to save and leave."""
     coordinator_deaths: int = 0
     """How often the coordinator ended and was replaced."""
     restarts: dict[str, int] = {}

@@ -336,8 +336,9 @@ class Played:
                     break
             run.history.append((time.time(), members, run.step))
         attempt = max(int(pod.metadata.labels[LABEL_ATTEMPT]) for pod in workers)
+        identity = f"{attempt}-{run.group[:40]}"
         for request in publisher.requests():
-            if request.kind == "stop":
+            if request.kind == "stop" and request.attempt == identity:
                 run.commit()
                 run.stops.append(request.id)
                 publisher.publish(self._progress(run, len(workers), attempt, Activity.STOPPED))

@@ -76,6 +76,10 @@ class World:
     """Prefix of children that take their time to leave."""
     refused: str = ""
     """Why the API server makes no child."""
+    heard: str = ""
+    """Id of the newest request that the coordinator took."""
+    deaf: bool = False
+    """Whether it takes none."""
     unreported: tuple[int, ...] = ()
     """Steps of checkpoints that are in storage, though nobody lived to report them."""
 
@@ -84,7 +88,11 @@ class World:
         self.now += seconds
         self._answer_listings()
         observed = Observed(
-            status=self.status, children=dict(self.children), progress=self.progress, refused=self.refused
+            status=self.status,
+            children=dict(self.children),
+            progress=self.progress,
+            heard=self.heard,
+            refused=self.refused,
         )
         decided = plan(self.file, observed, self.now)
         self.status = decided.status
@@ -96,6 +104,8 @@ class World:
         for name in sorted(wanted - set(self.children)):
             self.children[name] = ChildFact(name=name, running=True, started=self.now)
             self.started.append(name)
+        if decided.requests and not self.deaf:
+            self.heard = decided.requests[-1].id
         self.last = decided
         return decided
 

@@ -8,7 +8,7 @@ from builders import World, checkpoint, job, said_scores
 from sonoforge_operator.api import EvaluationPolicy, NameRef, RestartPolicy, Workers
 from sonoforge_operator.api.job import NoProgressBudget
 from sonoforge_operator.observed import ChildFact
-from sonoforge_trainer.contract import Activity, CheckpointConfig, Termination
+from sonoforge_trainer.contract import Activity, CheckpointConfig, Progress, Termination
 
 
 def policy(**changes: object) -> EvaluationPolicy:
@@ -371,7 +371,7 @@ def test_suspending_while_the_coordinator_is_silent_waits_until_it_can_be_asked(
     world.turn()
     world.turn(200)
     assert len(world.running("worker-")) == 2, "what was saved when it was heard last says nothing"
-    assert "silent" in world.status.condition("Suspended").message
+    assert "are to be asked" in world.status.condition("Suspended").message
     for step in range(69, 80):
         world.report(step, 10, 60)
         world.turn(20)
@@ -436,14 +436,98 @@ def test_suspending_waits_five_minutes_for_nodes_that_do_not_leave():
         world.report(step, 10)
         world.turn(20)
     assert len(world.running("worker-")) == 2
-    world.report(60, 10)
-    world.turn(20)
+    for step in (60, 61):
+        world.report(step, 10)
+        world.turn(20)
     assert world.running("worker-") == []
-    assert next(e for e in world.last.events if e.reason == "Suspended").warning
+    assert "Suspended" in [e.reason for e in world.last.events if e.warning]
+
+
+def test_suspending_gives_a_group_of_long_steps_time_to_agree():
+    world = to_be_suspended()
+    for step in range(16, 40):
+        world.report(step, 10, median_step_seconds=150.0)
+        world.turn(60)
+    assert len(world.running("worker-")) == 2
+    assert world.status.phase == "Running"
+
+
+def test_suspending_does_not_cut_a_long_save_for_one_answer_that_is_missing():
+    world = to_be_suspended()
+    world.report(16, 10, activity=Activity.CHECKPOINTING)
+    world.turn(1000)
+    for silence in (None, Progress()):
+        world.progress = silence
+        world.turn(2)
+        assert len(world.running("worker-")) == 2
+    assert world.status.attempt == 1
+
+
+def test_a_wish_to_suspend_that_nobody_hears_is_said_to_be_unheard_and_forgotten_with_the_wish():
+    world = World(deaf=True)
+    world.turn()
+    world.report(15, 10)
+    world.turn()
+    world.file = job(suspend=True)
+    world.turn()
+    world.report(16, 10)
+    world.turn()
+    assert "are to be asked" in world.status.condition("Suspended").message
+    world.file = job()
+    world.report(17, 10)
+    world.turn()
+    assert (world.status.saving, world.status.attempt) == (None, 1)
+
+
+def test_a_wish_to_suspend_that_was_taken_back_takes_no_node_away_though_none_leaves():
+    world = to_be_suspended()
+    world.turn()
+    world.file = job()
+    for step in range(16, 60):
+        world.report(step, 10)
+        world.turn(20)
+    assert (world.status.saving, world.status.attempt) == (None, 1)
+    assert world.started.count("worker-001-0000-000") == 1
+
+
+def test_of_nodes_that_left_as_asked_none_is_counted_however_the_others_end():
+    world = to_be_suspended()
+    first, second = world.running("worker-")
+    world.report(19, 10, 19, activity=Activity.STOPPED)
+    world.children[first] = ChildFact(name=first, running=False, exit_code=143, termination=LEFT)
+    other = Termination(cause="collective", message="The attempt was ended by another node.")
+    world.children[second] = ChildFact(name=second, running=False, exit_code=1, termination=other)
+    for _ in range(3):
+        world.turn()
+    assert (world.status.phase, world.status.restarts, world.status.attempt) == ("Suspended", {}, 1)
+
+
+def test_nodes_that_leave_for_a_request_nobody_remembers_begin_a_new_attempt_and_are_not_counted():
+    world = World()
+    world.turn()
+    world.report(15, 10)
+    world.turn()
+    world.end("worker-", 143, LEFT)
+    world.turn()
+    world.turn()
+    assert (world.status.attempt, world.status.restarts) == (2, {})
+    assert len(world.running("worker-002-")) == 2
+
+
+def test_a_size_that_is_asked_for_together_with_resuming_is_one_new_attempt():
+    world = to_be_suspended()
+    leave(world)
+    for _ in range(3):
+        world.turn()
+    world.file = job(workers=Workers(min_nodes=1, max_nodes=1))
+    world.turn()
+    world.turn()
+    assert (world.status.attempt, world.running("worker-")) == (2, ["worker-002-0000-000"])
 
 
 def test_a_wish_to_suspend_that_is_taken_back_lets_the_nodes_leave_and_come_again():
     world = to_be_suspended()
+    world.turn()
     world.file = job()
     world.report(16, 10)
     world.turn()

@@ -10,7 +10,7 @@ from sonoforge_operator.api import JobFile, parse_job_file
 from sonoforge_operator.observed import ChildFact, Observed, Plan
 from sonoforge_operator.plan import plan
 from sonoforge_operator.status import JobStatus
-from sonoforge_trainer.contract import Activity, Progress, Termination
+from sonoforge_trainer.contract import Activity, Progress, Request, Termination
 
 STEPS = 100
 FILE = parse_job_file(JOB.replace("floors: false", "floors: true"), where="job.yaml")
@@ -41,7 +41,7 @@ class Machine:
         self.started: list[str] = []
         self.results: dict[str, int] = {}
         self.history: list[JobStatus] = [self.status]
-        self.stops: set[str] = set()
+        self.heard = ""
         self.told_to_stop = False
 
     def ask(self, **spec: object) -> None:
@@ -54,7 +54,7 @@ class Machine:
         """Observe and plan. Nothing is written."""
         answers = any(n.startswith("coordinator-") and f.running for n, f in self.children.items())
         progress = (self.memory or Progress()) if answers else None
-        return plan(self.file, Observed(self.status, dict(self.children), progress), self.now)
+        return plan(self.file, Observed(self.status, dict(self.children), progress, self.heard), self.now)
 
     def turn(self, cut: int | None = None) -> None:
         """One pass, cut off after the status and so many changes of processes."""
@@ -66,16 +66,17 @@ class Machine:
         self.history.append(decided.status)
         wanted = [c.name for c in decided.children]
         assert len(set(wanted)) == len(wanted)
-        actions = [(self._deliver, request.id) for request in decided.requests if request.kind == "stop"]
+        actions = [(self._deliver, request) for request in decided.requests if request.kind == "stop"]
         actions += [(self._remove, n) for n in sorted(set(self.children) - set(wanted))]
         actions += [(self._start, n) for n in wanted if n not in self.children]
         for act, name in actions[:cut]:
             act(name)
         self._check()
 
-    def _deliver(self, id_: str) -> None:
-        if self.running("coordinator-") and id_ not in self.stops:
-            self.stops.add(id_)
+    def _deliver(self, request: Request) -> None:
+        if self.running("coordinator-") and self.heard != request.id:
+            self.heard = request.id
+            assert request.attempt == f"a{self.status.attempt}"
             self.told_to_stop = bool(self.running("worker-"))
 
     def _remove(self, name: str) -> None:

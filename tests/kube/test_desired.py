@@ -36,6 +36,9 @@ def evaluation() -> Child:
     return Child(f"eval-{request.id}-000", "evaluation", request=request_of(REF, file().evaluations, request.id))
 
 
+WORKERS = cluster_job().file.job.spec.workers
+
+
 def everything() -> list[dict]:
     job = cluster_job()
     children = [
@@ -46,7 +49,7 @@ def everything() -> list[dict]:
     return [
         *standing_objects(job),
         coordinator(job),
-        worker_job(job, 1, ("bad-node",)),
+        worker_job(job, 1, WORKERS, ("bad-node",)),
         checkpoint_object(job, REF),
         *(small_job(job, child, job.owner()) for child in children),
     ]
@@ -76,7 +79,7 @@ def test_every_pod_is_restricted_and_has_no_token():
 
 
 def test_workers_get_their_gpus_nodes_and_storage_from_the_runtime_and_the_job():
-    job = worker_job(cluster_job(), 2, ("bad-node",))
+    job = worker_job(cluster_job(), 2, WORKERS, ("bad-node",))
     spec = job["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     environment = {e["name"]: e.get("value") for e in container["env"]}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 
-from sonoforge_trainer.contract import ExitCode
+from sonoforge_trainer.contract import Activity, ExitCode
+from sonoforge_trainer.train import Run
 
 
 def test_a_run_does_what_it_is_asked_and_says_what_it_sees(tiny, spoil):
@@ -17,8 +18,9 @@ def test_a_run_does_what_it_is_asked_and_says_what_it_sees(tiny, spoil):
     asked = tiny.ask("/request", {"kind": "checkpoint", "id": "one"})
     assert asked == {"id": "one", "accepted": True}
     tiny.wait_for(lambda: len(tiny.ask("/progress")["checkpoints"]) == 2, "checkpoint that was asked for")
+    tiny.ask("/request", {"kind": "stop", "id": "stray", "attempt": "a group that is gone"})
     tiny.wait_for_step(tiny.ask("/progress")["step"] + 8)
-    tiny.ask("/request", {"kind": "stop", "id": "two"})
+    tiny.ask("/request", {"kind": "stop", "id": "two", "attempt": tiny.ask("/progress")["attempt"]})
     assert [agent.wait(60) for agent in agents] == [ExitCode.TERMINATED, ExitCode.TERMINATED]
 
     progress = tiny.ask("/progress")
@@ -49,3 +51,22 @@ def test_a_run_does_what_it_is_asked_and_says_what_it_sees(tiny, spoil):
     assert tiny.said("agent-0", "stopped")[0]["node"] == "127.0.3.1"
     assert {line["rank"] for line in tiny.said("agent-1", "checkpoint committed")} == {"1"}
     assert sorted(steps) == [step for step in range(tiny.committed()[-1]) for _ in range(2)]
+
+
+def test_a_group_that_leaves_says_that_it_saves_before_it_waits_for_an_older_upload():
+    """Until then its newest report is of a step, and an upload that takes minutes would look like a stall."""
+    order: list[object] = []
+
+    class Saving:
+        def complete(self, step: int) -> None:
+            order.append(("complete", step))
+
+    class Ranks:
+        def meet(self) -> None:
+            order.append("meet")
+
+    run = object.__new__(Run)
+    run.step, run.ranks, run._checkpointing = 7, Ranks(), Saving()
+    run._publish = order.append
+    run._save_together()
+    assert order == [Activity.CHECKPOINTING, ("complete", 7), "meet"]

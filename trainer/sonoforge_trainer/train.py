@@ -158,7 +158,7 @@ class Run:
         attempt = ranks.agree("attempt", fresh_attempt())
         endpoint = os.environ.get(ENV_STORE) if ranks.rank == 0 else None
         publisher = exits.enter_context(ProgressPublisher(endpoint)) if endpoint else None
-        self._wishes = Wishes(publisher)
+        self._wishes = Wishes(publisher, attempt)
         self._journal = Journal(config, ranks, attempt, self._manifest, publisher)
         self._journal.publish(Activity.STARTING, self.step)
 
@@ -263,6 +263,7 @@ class Run:
 
     def _save_together(self) -> None:
         """Have the checkpoint of this step committed. Nobody leaves before all know: one may host what they ask."""
+        self._publish(Activity.CHECKPOINTING)  # before an older upload is waited for, which is no stall
         self._checkpointing.complete(self.step)
         self.ranks.meet()
 

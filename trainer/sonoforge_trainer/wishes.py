@@ -20,17 +20,20 @@ class Wishes:
     """Requests that were heard and are not carried out yet.
 
     They are acknowledged once they are carried out, so that what a lost rank 0 did not get to comes to the next one.
-    Without a publisher (no coordinator, or another rank) there are none.
+    Without a publisher (no coordinator, or another rank) there are none. `attempt` is the identity of this group.
     """
 
-    def __init__(self, publisher: ProgressPublisher | None) -> None:
-        self._publisher = publisher
+    def __init__(self, publisher: ProgressPublisher | None, attempt: str) -> None:
+        self._publisher, self._attempt = publisher, attempt
         self._stops: list[Request] = []
         self._checkpoints: list[tuple[int, Request]] = []  # with the steps done when it was heard
 
     def hear(self, step: int) -> None:
         """Take over what arrived until now, when `step` steps are done."""
         for request in self._publisher.requests() if self._publisher else ():
+            if request.attempt not in ("", self._attempt):
+                self._acknowledge([request])  # that group is gone, and its wish with it
+                continue
             if request.kind == "stop":
                 self._stops.append(request)
             if request.kind == "checkpoint":

@@ -83,16 +83,23 @@ class Coordinators:
     async def ask(self, names: Names, request: Request) -> bool:
         """Ask something of a run. Whether it was heard; if not, ask again: the same request counts once.
 
-        What was heard is sent again only after half a minute, for a coordinator that was replaced.
+        What was heard is sent again only after half a minute, for a coordinator that was replaced. A lost node is told
+        once, whether or not the run was silent before.
         """
         now = self._steady()
         newest, when = self._heard.get(names.uid, ("", 0.0))
         if newest == request.id and now - when < _AGAIN_SECONDS:
             return True
+        if request.kind == "lost":
+            self._silent.pop((names.uid, "/request"), None)
         heard = await self._patiently(names, "/request", request.to_json().encode()) is not None
         if heard:
             self._heard[names.uid] = (request.id, now)
         return heard
+
+    def heard(self, uid: str) -> str:
+        """Id of the newest request that the coordinator of a run took; empty where none is known."""
+        return self._heard.get(uid, ("", 0.0))[0]
 
     def forget(self, uid: str) -> None:
         """Forget what a run said and heard: it is gone, or its coordinator is another one."""

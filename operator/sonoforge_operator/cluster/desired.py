@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from sonoforge_operator.api import API_VERSION, JobFile, PretrainRuntimeSpec
+from sonoforge_operator.api import API_VERSION, JobFile, PretrainRuntimeSpec, Workers
 from sonoforge_operator.cluster.names import (
     ANNOTATION_DIGEST,
     ANNOTATION_REQUEST,
@@ -192,9 +192,9 @@ def coordinator(job: ClusterJob) -> Manifest:
     return with_digest(_object(job, "apps/v1", "Deployment", names.coordinator, labels, spec=spec))
 
 
-def worker_job(job: ClusterJob, attempt: int, avoid_nodes: tuple[str, ...] = ()) -> Manifest:
+def worker_job(job: ClusterJob, attempt: int, workers: Workers, avoid_nodes: tuple[str, ...] = ()) -> Manifest:
     """The workers of an attempt: an Indexed Job that replaces what it loses, also while the operator is away."""
-    names, runtime, workers = job.names, job.runtime, job.file.job.spec.workers
+    names, runtime = job.names, job.runtime
     labels = names.labels("worker") | {LABEL_ATTEMPT: str(attempt)}
     gpus = workers.gpus_per_node if runtime.accelerator.resource_name else 0
     plan = PodPlan(

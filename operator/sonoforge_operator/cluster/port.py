@@ -84,7 +84,14 @@ class ClusterPort:
             self._coordinators.forget(job.names.uid)
         progress = await self._coordinators.progress(job.names) if ready else None
         said = believable(progress, job) if progress else None
-        return Observed(status=status, children=children, progress=said, refused=self._refused.get(job.names.uid, ""))
+        uid = job.names.uid
+        return Observed(
+            status=status,
+            children=children,
+            progress=said,
+            heard=self._coordinators.heard(uid),
+            refused=self._refused.get(uid, ""),
+        )
 
     def _status(self, job: ClusterJob, now: float) -> JobStatus:
         """The status as last decided here, or as last written."""
@@ -171,17 +178,20 @@ class ClusterPort:
     # --- apply --------------------------------------------------------------------------------------------------------
 
     async def apply(self, job: ClusterJob, observed: Observed, decided: Plan, now: float) -> None:
-        """Make the children what the plan says, pass its requests on, and tell its events."""
+        """Make the children what the plan says, and tell its events."""
         if not decided.status.terminal:
             await self._apply_all(job, desired.standing_objects(job))
-        for request in decided.requests:
-            await self._send(job, request)
         await self._release(job.names, decided, training_wanted(decided.status), now)
         await self._start(job, decided)
         self._refused.pop(job.names.uid, None)
         await self._posting.post(job.names, decided.events, now, decided.status.attempt)
         if decided.status.terminal:
             self.forget(job.names.uid)
+
+    async def send(self, job: ClusterJob, decided: Plan) -> None:
+        """Pass the requests of a plan that was recorded on. A run that does not listen costs the time of a visit."""
+        for request in decided.requests:
+            await self._send(job, request)
 
     async def complain(self, names: Names, error: ApiError, now: float) -> None:
         """Tell the user what the API server refused: a quota, an admission rule, a missing right, what is invalid."""
@@ -233,7 +243,9 @@ class ClusterPort:
             case "coordinator":
                 return desired.coordinator(job)
             case "worker":
-                return desired.worker_job(job, child.attempt, tuple(node.name for node in status.excluded))
+                return desired.worker_job(
+                    job, child.attempt, child.workers, tuple(node.name for node in status.excluded)
+                )
             case "evaluation":
                 owner = self._owner_of(job, child, status)
                 return desired.small_job(job, child, owner) if owner else None

@@ -24,6 +24,7 @@ from sonoforge_operator.cluster.port import ClusterPort
 from sonoforge_operator.cluster.projection import rejected_document
 from sonoforge_operator.cluster.record import UnreadableRecordError
 from sonoforge_operator.cluster.store import Store, key_of
+from sonoforge_operator.observed import Plan
 from sonoforge_operator.plan import plan
 
 log = structlog.get_logger(__name__)
@@ -166,12 +167,18 @@ class Reconciler:
                 await self._port.reject(manifest, rejected_document(manifest, "RecordUnreadable", _UNREADABLE, now))
             return _RETIRE_SECONDS  # what repairs it is a change of the status, which wakes nobody
         now = self._clock()
-        async with self._turn(timed):
-            # The time of the facts, not that of the turn: what was heard a while ago is no silence of the run.
-            decided = plan(job.file, observed, now)
-            await self._port.record(job, observed, decided, now)
-            self._metrics.follow(key, observed.status, decided)
-            await self._port.apply(job, observed, decided, now)
+        recorded: Plan | None = None
+        try:
+            async with self._turn(timed):
+                # The time of the facts, not that of the turn: what was heard a while ago is no silence of the run.
+                decided = plan(job.file, observed, now)
+                await self._port.record(job, observed, decided, now)
+                recorded = decided
+                self._metrics.follow(key, observed.status, decided)
+                await self._port.apply(job, observed, decided, now)
+        finally:
+            if recorded is not None:  # outside the turn: a run that does not listen holds up nobody else
+                await self._port.send(job, recorded)
         if decided.status.terminal:
             self._active.discard(key)
             return _RETIRE_SECONDS

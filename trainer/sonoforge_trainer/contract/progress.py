@@ -99,3 +99,5 @@ class Request(Part):
     """For `lost`: the node's address as torchrun knows it (`--local-addr`)."""
     id: str = ""
     """Identity, so that a request sent twice counts once."""
+    attempt: str = ""
+    """Identity of the process group that is meant, as in Progress; another one ignores it. Empty: whichever trains."""
