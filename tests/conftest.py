@@ -48,6 +48,14 @@ class S3:
     server: S3Server
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two processes share the tests, one has those of the cluster, which wait a lot and share a control plane."""
+    for item in items:
+        below = item.path.relative_to(Path(__file__).parent)
+        group = "cluster" if below.parts[0] == "cluster" else str(below)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """The session's SeaweedFS, started by the first test that asks."""
