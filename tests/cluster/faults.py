@@ -98,8 +98,8 @@ def kill_evaluation(site: RealSite, name: str) -> Fault:
         took = _unix(ended["finishedAt"]) - _unix(ended["startedAt"])
         seen |= {pod["metadata"]["uid"] for pod in site.pods(name, "evaluation")}
 
-        def fresh() -> list[dict[str, dict[str, str]]]:
-            return [pod for pod in _evaluations(site, name, "Running") if pod["metadata"]["uid"] not in seen]
+        def fresh(known: frozenset[str] = frozenset(seen)) -> list[dict[str, dict[str, str]]]:
+            return [pod for pod in _evaluations(site, name, "Running") if pod["metadata"]["uid"] not in known]
 
         site.wait_for(fresh, f"{name}: another evaluation runs", _WAIT_SECONDS)
         pod = fresh()[0]
