@@ -24,6 +24,7 @@ from typing import Literal
 
 import binaries
 import packages
+import psutil
 import wrong_jobs
 from faults import (
     Fault,
@@ -64,7 +65,7 @@ OUTAGE = 60.0
 _SECONDS = 600
 _AFTER_NEXT_STEP = "after the next step"
 _AT_ONCE = "at once"
-_FAILURES = (TimeoutError, AssertionError, subprocess.CalledProcessError)
+_FAILURES = (TimeoutError, AssertionError, subprocess.CalledProcessError, psutil.Error)
 """A scenario that was not got over is told, and the next one is played."""
 
 Mending = Literal["at once", "at the end", "after the next step"] | float

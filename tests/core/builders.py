@@ -8,7 +8,7 @@ from sonoforge_operator.api import JobFile, parse_job_file
 from sonoforge_operator.observed import ChildFact, Observed, Plan
 from sonoforge_operator.plan import plan
 from sonoforge_operator.status import JobStatus
-from sonoforge_trainer.contract import Activity, CheckpointRef, Progress, Termination
+from sonoforge_trainer.contract import Activity, CheckpointConfig, CheckpointRef, Progress, Termination
 
 JOB = """
 apiVersion: sonoforge.dev/v1alpha1
@@ -147,3 +147,39 @@ class World:
     def running(self, prefix: str) -> list[str]:
         """Running children with this prefix."""
         return sorted(n for n, f in self.children.items() if n.startswith(prefix) and f.running)
+
+
+def running_world(**spec: object) -> World:
+    """A world whose job trains at step 10 with checkpoint 10."""
+    world = World(file=job(**spec))
+    world.turn()
+    world.report(10, 10)
+    world.turn()
+    assert world.status.phase == "Running"
+    return world
+
+
+def ended(world: World, turns: int = 8) -> World:
+    """The world after some passes in which its small processes do what they are asked."""
+    for _ in range(turns):
+        world.turn()
+        for kind in ("eval-", "floor-", "retention-"):
+            if world.running(kind):
+                said = Termination(cause="done", result={"raw-pixels:planes-knn/f1_macro": {"value": 0.2}})
+                world.end(kind, 0, said if kind == "floor-" else said_scores(0.5))
+    return world
+
+
+def retained() -> World:
+    """A world whose older checkpoint is being deleted."""
+    config = CheckpointConfig(uri="s3://b/run", every_samples=320, keep_last=1, keep_best=0)
+    world = World(file=job(checkpoints=config))
+    world.turn()
+    world.report(20, 10, 20)
+    for _ in range(3):
+        world.turn()
+        if world.running("eval-"):
+            world.end("eval-", 0, said_scores(0.5))
+    world.turn()
+    assert len(world.running("retention-")) == 1
+    return world
