@@ -8,7 +8,7 @@ import torch
 from evaluation_material import request_of
 from PIL import Image
 
-from sonoforge_trainer.contract import Evidence, Gallery, SampleConfusions
+from sonoforge_trainer.contract import Evidence, Gallery, SampleConfusions, SegmentOptions
 from sonoforge_trainer.evaluate.evidence import MAX_NUMBERS, classified, segmented
 from sonoforge_trainer.evaluate.metrics import balanced_accuracy, confusion_matrix
 from sonoforge_trainer.evaluate.overlap import foreground_dice
@@ -22,7 +22,11 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def left(checkpoint, phantoms, storage):
     """(result, evidence, gallery, function that reads a picture) of an evaluation with every kind of artifact."""
-    result = evaluate(request_of(checkpoint, phantoms, "knn", "fewshot", "segment-probe"), storage, CPU)
+    few = SegmentOptions(steps=2, batch=4, validate_every=1, channels=8, backbone="tuned", shots=(2,))
+    request = request_of(
+        checkpoint, phantoms, "knn", "fewshot", "segment-probe", "segment", segment=few, seeds=1, bootstrap=0
+    )
+    result = evaluate(request, storage, CPU)
     folder = f"{checkpoint[0]}/eval"
     evidence = Evidence.from_json(storage.read(f"{folder}/{result.artifacts.evidence}"))
     gallery = Gallery.from_json(storage.read(f"{folder}/{result.artifacts.gallery}"))
@@ -31,13 +35,15 @@ def left(checkpoint, phantoms, storage):
 
 def test_the_scores_of_the_result_follow_from_the_outcomes_of_single_samples(left):
     result, evidence, _, _ = left
-    assert set(evidence.protocols) == {"knn", "segment-probe"}, "few-shot has several draws"
-    knn, segment = evidence.protocols["knn"], evidence.protocols["segment-probe"]
+    assert set(evidence.protocols) == {"knn", "segment-probe", "segment"}, "few-shot has several draws"
+    knn = evidence.protocols["knn"]
     confusion = confusion_matrix(np.array(knn.truth), np.array(knn.predicted), len(knn.classes))
     assert float(balanced_accuracy(confusion)) == result.scores["knn/balanced_accuracy"].value
-    counts = np.array(segment.counts).reshape(-1, len(segment.classes), len(segment.classes))
-    assert foreground_dice(counts) == pytest.approx(result.scores["segment-probe/dice_foreground"].value)
-    assert len(knn.truth) == len(segment.counts) == result.counts["test"]
+    for protocol in ("segment-probe", "segment"):
+        segment = evidence.protocols[protocol]
+        counts = np.array(segment.counts).reshape(-1, len(segment.classes), len(segment.classes))
+        assert foreground_dice(counts) == pytest.approx(result.scores[f"{protocol}/dice_foreground"].value)
+        assert len(knn.truth) == len(segment.counts) == result.counts["test"]
 
 
 def test_neighbours_are_the_nearest_training_images_in_falling_order(left):
@@ -53,18 +59,19 @@ def test_neighbours_are_the_nearest_training_images_in_falling_order(left):
         assert picture.size == (6 * 84 - 4, 6 * 84 - 4)
 
 
-def test_overlays_are_the_images_with_the_highest_and_the_lowest_dice(left):
+def test_overlays_are_the_images_with_the_highest_and_the_lowest_dice_of_each_protocol_that_segments(left):
     _, evidence, gallery, read = left
-    (sheet,) = gallery.overlays
-    found = extremes(evidence.protocols["segment-probe"])
-    assert sheet.best == tuple(value for _, value in found.best)
-    assert sheet.worst == tuple(value for _, value in found.worst)
-    assert min(sheet.best) > max(sheet.worst)
-    with Image.open(io.BytesIO(read(sheet.picture))) as picture:
-        assert picture.size == (6 * 132 - 4, 2 * 132 - 4)
-        pixels = np.asarray(picture).astype(int)
-    paint = [int(sheet.colours[0][i : i + 2], 16) for i in (1, 3, 5)]
-    assert (np.abs(pixels[:128] - paint).max(-1) < 20).any(), "the true masks are drawn with their colour"
+    assert [sheet.protocol for sheet in gallery.overlays] == ["segment-probe", "segment"]
+    for sheet in gallery.overlays:
+        found = extremes(evidence.protocols[sheet.protocol])
+        assert sheet.best == tuple(value for _, value in found.best)
+        assert sheet.worst == tuple(value for _, value in found.worst)
+        assert min(sheet.best) > max(sheet.worst)
+        with Image.open(io.BytesIO(read(sheet.picture))) as picture:
+            assert picture.size == (6 * 132 - 4, 2 * 132 - 4)
+            pixels = np.asarray(picture).astype(int)
+        paint = [int(sheet.colours[0][i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(pixels[:128] - paint).max(-1) < 20).any(), "the true masks are drawn with their colour"
 
 
 def test_no_artifact_names_a_patient_or_a_sample_and_none_is_large(left, phantoms, storage):
@@ -74,12 +81,14 @@ def test_no_artifact_names_a_patient_or_a_sample_and_none_is_large(left, phantom
     names = {n for shard in manifest.shards for n in (*shard.patients, *shard.keys) if n}
     assert len(names) > 100
     assert not [name for name in names for text in texts if name in text]
-    assert max(len(read(n)) for n in (gallery.neighbours.picture, gallery.overlays[0].picture)) < 600_000
+    sheets = [gallery.neighbours.picture, *(sheet.picture for sheet in gallery.overlays)]
+    assert len(sheets) == 3
+    assert max(len(read(name)) for name in sheets) < 600_000
 
 
 def test_the_same_evaluation_leaves_the_same_bytes(left, checkpoint, phantoms, storage):
-    result, _, _, read = left
-    names = [*result.artifacts.document().values()]
+    result, _, gallery, read = left
+    names = [*result.artifacts.document().values(), *(sheet.picture for sheet in gallery.overlays)]
     before = [read(name) for name in names]
     storage.delete(result.request.result_uri)
     again = evaluate(result.request, storage, CPU)

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from evaluation_material import png
 from torch.nn import functional
 from tuning_material import CPU, SIDE, bright_discs
 
 from sonoforge_trainer.contract import SegmentOptions
+from sonoforge_trainer.evaluate.metrics import confusion_matrix
 from sonoforge_trainer.evaluate.overlap import foreground_dice
+from sonoforge_trainer.evaluate.overlays import CASES, extremes
 from sonoforge_trainer.evaluate.problem import best
 from sonoforge_trainer.evaluate.segment import decode_mask
 from sonoforge_trainer.evaluate.segmentation import (
@@ -94,6 +97,30 @@ def test_few_shots_are_means_over_draws_of_patients_with_their_deviation():
     assert not [name for name in finding.scores if "40shot" in name]
 
 
+@pytest.mark.parametrize("backbone", ["frozen", "tuned"])
+def test_the_masks_that_are_kept_are_those_that_the_scores_were_counted_on(backbone):
+    """Few-shot draws come after it. A sum in another order may turn a pixel on a border over."""
+    source, task = bright_discs()
+    chosen = options(backbone=backbone, steps=12, validate_every=4, shots=(2,))
+    finding = segment(source, task, chosen, draws=1, resamples=0, seed=0)
+    shown = extremes(finding.samples)
+    assert len(shown.images) == 2 * CASES
+    for place, predicted in zip(shown.images, finding.masks(shown.images), strict=True):
+        truth = decode_mask(task.masks["test"][place], 2).astype(np.int64)
+        counted = confusion_matrix(truth.reshape(-1), predicted.reshape(-1), 2).reshape(-1)
+        assert counted.tolist() == pytest.approx(finding.samples.counts[place], abs=2)
+
+
+def test_nothing_is_shown_where_no_mask_has_a_foreground():
+    source, task = bright_discs()
+    from evaluation_material import png
+
+    empty = {split: [png(np.zeros((SIDE, SIDE)))] * len(masks) for split, masks in task.masks.items()}
+    bare = type(task)(task.classes, task.rows, empty, task.groups)
+    finding = segment(source, bare, options(steps=40), draws=1, resamples=0, seed=0)
+    assert extremes(finding.samples) is None
+
+
 def test_a_draw_has_all_images_of_its_patients_and_draws_differ():
     groups = np.array([0, 0, 1, 1, 2, 2, 3, 3])
     first = draw_groups(groups, 2, 1)
@@ -134,8 +161,6 @@ def test_overlap_is_counted_at_the_size_of_the_mask():
     larger = functional.interpolate(
         torch.from_numpy(decode_mask(task.masks["test"][0], 2).copy())[None, None], (50, 70)
     )
-    from evaluation_material import png
-
     masks = {**task.masks, "test": [png(larger[0, 0].numpy()), *task.masks["test"][1:]]}
     resized = type(task)(task.classes, task.rows, masks, task.groups)
     matrix = counts(Segmenter(source, 2, options(), 0), source, resized, "test", [0, 1])

@@ -7,11 +7,12 @@ validation is kept, and the test split is looked at once, with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Self, cast
 
 import numpy as np
+import numpy.typing as npt
 import structlog
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from sonoforge_trainer.evaluate.decoders import LinearDecoder, UperNet, decoder_
 from sonoforge_trainer.evaluate.evidence import segmented
 from sonoforge_trainer.evaluate.metrics import Ints, confusion_matrix
 from sonoforge_trainer.evaluate.overlap import foreground_dice, overlap_details, overlap_scores_over_draws
+from sonoforge_trainer.evaluate.overlays import extremes
 from sonoforge_trainer.evaluate.problem import Finding
 from sonoforge_trainer.evaluate.segment import decode_mask, upsampled_classes, validation_images
 from sonoforge_trainer.evaluate.tuning import (
@@ -76,6 +78,8 @@ class Segmented:
     """The step."""
     candidates: dict[str, float]
     """Pooled foreground Dice on validation by step."""
+    masks: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    """Predicted classes [H, W] of the best and worst test images, by place in the split; empty unless asked for."""
 
 
 class Segmenter(nn.Module):
@@ -132,9 +136,11 @@ def segment(
 
     Scores are `[val_][{N}shot_]{dice|iou}_{mean|foreground}[_per_image]`; those with shots are means over the draws. In
     every training the best step is chosen on the set's validation split, as the paper does also for few shots.
+    Outcomes and predicted masks of single images are those of the training on the whole split.
     """
     still = still_maps(source, task, options)
-    whole = train(source, task, np.arange(len(task.rows["train"])), options, still, seed=seed_of(seed, 0))
+    everything = np.arange(len(task.rows["train"]))
+    whole = train(source, task, everything, options, still, seed=seed_of(seed, 0), keep_masks=True)
     scores = _scores(task, [whole], "", resamples, seed)
     details: dict[str, object] = {
         "images": {split: len(rows) for split, rows in task.rows.items()},
@@ -158,8 +164,13 @@ def segment(
             "chosen": [draw.chosen for draw in trained],
             "dice_foreground": [foreground_dice(draw.test) for draw in trained],
         }
-    samples = segmented(task.classes, task.groups["test"], whole.test)
-    return Finding(scores, whole.chosen, details | ({"shots": few} if few else {}), samples)
+    return Finding(
+        scores,
+        whole.chosen,
+        details | ({"shots": few} if few else {}),
+        segmented(task.classes, task.groups["test"], whole.test),
+        lambda places: [whole.masks[place].astype(np.int64) for place in places],
+    )
 
 
 def draw_groups(groups_n: Ints, shots: int, seed: int) -> Ints:
@@ -201,10 +212,12 @@ def train(
     still: list[Tensor] | None = None,
     *,
     seed: int,
+    keep_masks: bool = False,
 ) -> Segmented:
     """One training on some of the training images, by their places in the split. Everything follows from the seed.
 
-    `still` are the maps of all training images, where they do not change; see `still_maps`.
+    `still` are the maps of all training images, where they do not change; see `still_maps`. `keep_masks` keeps the
+    predicted masks of the best and worst test images, so that nobody has to keep the model.
     """
     model = Segmenter(source, len(task.classes), options, seed)
     optimiser = model.optimiser(options)
@@ -241,7 +254,10 @@ def train(
             _log.info("validated", protocol="segment", step=done, dice_foreground=round(kept.candidates[name], 4))
     chosen = kept.restore()
     on_test = counts(model, source, task, "test", range(len(task.rows["test"])))
-    return Segmented(on_val[chosen], on_test, chosen, kept.candidates)
+    shown = shown_places(task, on_test) if keep_masks else ()
+    pairs = compared(model, source, task, "test", shown)
+    masks = {place: predicted.astype(np.uint8) for place, (_, predicted) in zip(shown, pairs, strict=True)}
+    return Segmented(on_val[chosen], on_test, chosen, kept.candidates, masks)
 
 
 def segment_loss(logits_nkhw: Tensor, masks_nhw: Tensor) -> Tensor:
@@ -258,19 +274,32 @@ def segment_loss(logits_nkhw: Tensor, masks_nhw: Tensor) -> Tensor:
     return functional.cross_entropy(logits_nkhw, masks_nhw) + 1 - soft_dice.mean()
 
 
-@torch.no_grad()
 def counts(model: Segmenter, source: Tunable, task: SegmentTask, split: str, places: Sequence[int]) -> Ints:
     """Confusion counts [images, K, K] of some images of a split, at the size of their masks."""
+    size = len(task.classes)
+    pairs = compared(model, source, task, split, places)
+    return np.stack([confusion_matrix(mask.reshape(-1), predicted.reshape(-1), size) for mask, predicted in pairs])
+
+
+@torch.no_grad()
+def compared(
+    model: Segmenter, source: Tunable, task: SegmentTask, split: str, places: Sequence[int]
+) -> Iterator[tuple[Ints, Ints]]:
+    """True and predicted classes [H, W] of some images of a split, at the size of their masks."""
     model.eval()
-    found = []
     for batch in in_batches(places):
         logits = model(source.normalise(source.pixels(task.rows[split][batch]))).cpu()
         for place, logits_khw in zip(batch, logits, strict=True):
-            mask = decode_mask(task.masks[split][place], len(task.classes))
-            predicted = upsampled_classes(logits_khw, mask.shape)
-            found.append(confusion_matrix(mask.reshape(-1).astype(np.int64), predicted.reshape(-1), len(task.classes)))
+            mask = decode_mask(task.masks[split][place], len(task.classes)).astype(np.int64)
+            yield mask, upsampled_classes(logits_khw, mask.shape)
     model.train()
-    return np.stack(found)
+
+
+def shown_places(task: SegmentTask, counts_ikk: Ints) -> tuple[int, ...]:
+    """Places of the test images that a page shows, from their confusion counts; none where no mask has a foreground."""
+    samples = segmented(task.classes, task.groups["test"], counts_ikk)
+    found = extremes(samples) if samples is not None else None
+    return found.images if found is not None else ()
 
 
 def _scores(
