@@ -20,9 +20,7 @@ from sonoforge_trainer import termination
 from sonoforge_trainer.contract import (
     ENV_TERMINATION_LOG,
     EvaluationResult,
-    FinetuneOptions,
     Score,
-    SegmentOptions,
     Termination,
     selection_score,
 )
@@ -96,40 +94,6 @@ def test_a_killed_evaluation_that_is_started_again_gives_the_same_numbers_and_on
     (only,) = results_below(checkpoint)
     found = EvaluationResult.from_json(only.read_bytes())
     assert found.feature_passes == 0
-    # The same weights, evaluated without being killed.
-    unhurt = write_checkpoint(storage, (tmp_path / "unhurt").as_uri())
-    changes = {"checkpoint_uri": unhurt[0], "checkpoint_digest": unhurt[1]}
-    assert evaluate(request.model_copy(update=changes), storage, torch.device("cpu")).scores == found.scores
-
-
-@pytest.mark.parametrize("protocol", ["segment", "finetune"])
-def test_a_training_that_is_killed_and_started_again_gives_the_same_numbers_and_one_result(
-    start, tmp_path, checkpoint, phantoms, storage, protocol
-):
-    """Killed between two looks at the validation split, of which its log tells."""
-    request = request_of(
-        checkpoint,
-        phantoms,
-        protocol,
-        segment=SegmentOptions(steps=12, batch=4, validate_every=2, backbone="tuned", shots=(2,)),
-        finetune=FinetuneOptions(epochs=4, batch=16, learning_rate=1e-3),
-        seeds=2,
-    )
-    path = tmp_path / "request.json"
-    path.write_text(request.to_json())
-    killed = start("--request", path)
-    looks = (line for line in killed.stderr if "validated" in line)
-    assert next(looks)
-    assert next(looks)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert results_below(checkpoint) == []
-    again = start("--request", path)
-    _, said = again.communicate(timeout=300)
-    assert again.returncode == 0, said
-    (only,) = results_below(checkpoint)
-    found = EvaluationResult.from_json(only.read_bytes())
-    assert found.chosen.keys() == {protocol}
     # The same weights, evaluated without being killed.
     unhurt = write_checkpoint(storage, (tmp_path / "unhurt").as_uri())
     changes = {"checkpoint_uri": unhurt[0], "checkpoint_digest": unhurt[1]}
