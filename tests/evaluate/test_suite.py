@@ -12,9 +12,12 @@ import torch
 from evaluation_material import backbone_of, model_card, request_of, write_checkpoint
 from safetensors.torch import save
 
-from sonoforge_trainer.contract import ContractError, EvalSuiteSpec, Evaluation, read_suite
+from sonoforge_trainer.contract import ContractError, EvalSuiteSpec, Evaluation, read_suite, suite_requests
+from sonoforge_trainer.evaluate.features import BackboneModel
 from sonoforge_trainer.evaluate.run import evaluate
+from sonoforge_trainer.evaluate.subjects import open_subject
 from sonoforge_trainer.evaluate.suite import CHECKPOINT, run_suite, tallies
+from sonoforge_trainer.model import Backbone, initialise
 from sonoforge_trainer.shards.phantoms import PhantomRule
 from sonoforge_trainer.shards.plan import PlanRule
 from sonoforge_trainer.shards.synth import build_phantoms
@@ -168,6 +171,26 @@ def test_random_weights_depend_on_the_seed_and_not_on_the_checkpoint(tmp_path, p
         )
         scores.append(run_suite(suite, *checkpoint, storage, CPU)[1].result.scores)
     assert scores[0] == scores[1] != scores[2]
+
+
+def test_random_weights_are_trained_from_layerscale_one_and_looked_at_as_pretraining_starts(checkpoint, storage):
+    """Their features have to be those of step 0; a training on labels that starts at 1e-5 would be held back."""
+    suite = EvalSuiteSpec.parse(
+        {
+            "evaluations": [{"name": "planes", "shards": "file:///e/shards.json", "protocols": ["finetune"]}],
+            "baselines": [{"name": "random", "kind": "random", "seed": 4}],
+        }
+    )
+    _, (_, request) = suite_requests(suite, *checkpoint)
+    subject = open_subject(request, storage, CPU)
+    step_0 = Backbone(subject.backbone.config.model_copy(update={"layer_scale": 1e-5}), 32).eval()
+    initialise(step_0, 4)
+    image = torch.arange(32 * 32).view(1, 1, 32, 32).remainder(251).to(torch.uint8)
+    expected, _ = BackboneModel(step_0, subject.card, None, CPU)(image)
+    assert torch.equal(subject.model(image)[0]["cls"], expected["cls"])
+    for name, value in subject.backbone.state_dict().items():
+        assert torch.equal(value, torch.ones_like(value) if name.endswith("gamma") else step_0.state_dict()[name]), name
+    assert not subject.backbone.training
 
 
 YAML = """

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from tuning_material import bright_discs
+from tuning_material import SIDE, bright_discs
 
 from sonoforge_trainer.evaluate.decoders import POOL_SCALES, LinearDecoder, UperNet, decoder_blocks
 from sonoforge_trainer.evaluate.tuning import (
@@ -17,7 +17,7 @@ from sonoforge_trainer.evaluate.tuning import (
     warm_cosine,
     warm_poly,
 )
-from sonoforge_trainer.model import Backbone
+from sonoforge_trainer.model import Backbone, initialise
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,22 @@ def test_drop_path_of_intermediate_features_asks_for_its_generator():
         backbone.after_blocks(images, (1,))
     first, second = (backbone.after_blocks(images, (1,), generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     assert not torch.equal(first[0].patches, second[0].patches)
+
+
+def test_a_start_from_scratch_is_that_of_pretraining_but_for_layerscale():
+    """The card of a checkpoint does not tell the LayerScale that its run started with; here it is 1e-5."""
+    source, _ = bright_discs()
+    pretraining = Backbone(source.backbone.config, SIDE)
+    initialise(pretraining, 3)
+    start = source.scratch(0.25, 3)
+    assert start.training
+    assert start.config.drop_path == 0.25
+    gammas = {name for name, _ in start.named_parameters() if name.endswith("gamma")}
+    assert len(gammas) == 2 * start.depth
+    for name, value in start.state_dict().items():
+        expected = torch.ones_like(value) if name in gammas else pretraining.state_dict()[name]
+        assert torch.equal(value, expected), name
+    assert pretraining.blocks[0].ls1.gamma.unique().item() == pytest.approx(1e-5)
 
 
 def test_an_order_passes_over_everything_before_it_repeats_and_follows_from_the_seed():

@@ -24,8 +24,8 @@ class Baseline(Part):
     """Name of the model in tables; scores are called BASELINE:NAME-PROTOCOL/METRIC."""
     kind: BaselineKind
     """weights: a file of published weights. random: the checkpoint's architecture with random weights; its `finetune`
-    is supervised training from scratch. raw-pixels, hog, hog-lbp: features that nobody learned (frozen protocols only).
-    """
+    is supervised training from scratch, with LayerScale 1 at the start. raw-pixels, hog, hog-lbp: features that nobody
+    learned (frozen protocols only)."""
     uri: WeightsUri | None = None
     """weights: the file, safetensors or .pth, in a layout of DINOv2, timm, Hugging Face, USFM or a plain ViT."""
     sha256: Sha256 | None = None

@@ -58,7 +58,7 @@ class FinetuneOptions(Part):
     """How `finetune` trains backbone and classifier together."""
 
     source: Literal["teacher", "scratch"] = "teacher"
-    """Where the backbone starts: the evaluated weights, or random ones of the same architecture."""
+    """Where the backbone starts: the evaluated weights, or random ones of the same architecture with LayerScale 1."""
     runs: PositiveInt = 1
     """Trainings from different seeds; with several, scores are means with a deviation."""
     epochs: PositiveInt = 50

@@ -12,6 +12,7 @@ from sonoforge_trainer.checkpoint import CheckpointStore
 from sonoforge_trainer.contract import Baseline, EvaluationRequest, ModelCard
 from sonoforge_trainer.evaluate.features import BackboneModel, FeatureModel, PixelModel
 from sonoforge_trainer.evaluate.hog import HogLbpModel, HogModel
+from sonoforge_trainer.evaluate.tuning import supervised_start
 from sonoforge_trainer.model import Backbone, initialise
 from sonoforge_trainer.storage import Storage
 from sonoforge_trainer.weights.loading import load_weights
@@ -26,7 +27,7 @@ class Subject:
     digest: str
     """What it is: equal digests, equal features."""
     backbone: Backbone | None = None
-    """The backbone inside, for protocols that train it. None for floors."""
+    """The backbone that protocols which train start from. None for floors."""
     card: ModelCard | None = None
     """What the backbone expects. None for floors."""
     step: int = 0
@@ -49,7 +50,10 @@ def open_subject(request: EvaluationRequest, storage: Storage, device: torch.dev
         return Subject(_FLOORS[baseline.kind](), baseline.id)
     card, backbone, digest = _weights(baseline, storage) if baseline.kind == "weights" else _random(request, storage)
     model = BackboneModel(backbone, card, request.evaluation.resolution, device)
-    return Subject(model, digest, backbone, card, samples=card.samples)
+    trained = backbone
+    if baseline.kind == "random":
+        trained = supervised_start(backbone, baseline.seed).to(device).eval()
+    return Subject(model, digest, trained, card, samples=card.samples)
 
 
 _FLOORS: Mapping[str, Callable[[], FeatureModel]] = {

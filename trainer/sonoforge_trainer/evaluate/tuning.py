@@ -63,10 +63,9 @@ class Tunable:
         return made.to(self.device).train()
 
     def scratch(self, drop_path: float, seed: int) -> Backbone:
-        """A backbone of the same architecture with the random weights that pretraining starts with."""
-        config = self.backbone.config.model_copy(update={"drop_path": drop_path})
-        made = Backbone(config, self.backbone.image_size)
-        initialise(made, seed)
+        """A trainable backbone of the same architecture with random weights, in training mode."""
+        made = supervised_start(self.backbone, seed)
+        made.config = made.config.model_copy(update={"drop_path": drop_path})
         return made.to(self.device).train()
 
     def pixels(self, rows: Iterable[int]) -> Tensor:
@@ -84,6 +83,17 @@ class Tunable:
             assert generator is not None
             images = shade(images, uniforms_nu, generator)
         return Normalise(self.card, self.device)(images)
+
+
+def supervised_start(like: Backbone, seed: int) -> Backbone:
+    """A backbone of this architecture with random weights to be trained on labels from.
+
+    They are those that pretraining starts with, but LayerScale is 1: at 1e-5 a short training ends before the blocks
+    say much.
+    """
+    made = Backbone(like.config.model_copy(update={"layer_scale": 1.0}), like.image_size)
+    initialise(made, seed)
+    return made
 
 
 @dataclass(frozen=True)
