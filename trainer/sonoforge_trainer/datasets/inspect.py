@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sonoforge_trainer.datasets.dhash import dhash
 from sonoforge_trainer.datasets.findings import Check, Findings
 from sonoforge_trainer.datasets.record import Record
 from sonoforge_trainer.shards.faults import ImageError
@@ -35,11 +36,13 @@ class Look:
     """SHA-256 of the pixels, whatever file they are kept in; empty where they cannot be read."""
     size: tuple[int, int]
     """(height, width); (0, 0) where it cannot be read."""
+    dhash: bytes
+    """What the picture looks like, see `dhash`; empty where it cannot be read."""
     codes: tuple[str, ...]
     """Checks that it trips."""
 
 
-_UNREADABLE = Look("", (0, 0), ("unreadable",))
+_UNREADABLE = Look("", (0, 0), b"", ("unreadable",))
 
 
 def inspect(
@@ -88,4 +91,4 @@ def _look(
         return _UNREADABLE  # the builder tells why, and stops or leaves it out as the user said
     digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes())
     height, width = pixels.shape[:2]
-    return Look(digest.hexdigest(), (height, width), tuple(codes))
+    return Look(digest.hexdigest(), (height, width), dhash(pixels), tuple(codes))

@@ -1,10 +1,14 @@
-"""The same picture twice: under two labels, two patients, or in two splits."""
+"""The same picture twice, or nearly: under two labels, two patients, or in two splits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
+from sonoforge_trainer.datasets.dhash import alike
 from sonoforge_trainer.datasets.findings import Check, Findings
+from sonoforge_trainer.datasets.inspect import Look
 from sonoforge_trainer.datasets.record import Record
 from sonoforge_trainer.shards.sources import Row
 
@@ -24,6 +28,16 @@ CHECKS = (
 """What every set is checked for once splits are known."""
 MISSING = Check("class-missing", "warning", "times a class has no image in a split that others have images in")
 """Told of the samples that are kept."""
+NEAR = (
+    Check("near-duplicates", "note", "images look like an earlier one of their split, with other pixels"),
+    Check(
+        "near-duplicate-splits",
+        "warning",
+        "images look like one of a split that matters more (test, then val, then train), with other pixels; "
+        "all were kept",
+    ),
+)
+"""Told of the samples that are kept, and never acted on: two frames of one organ may be as near as two copies."""
 _RANK = {"test": 0, "val": 1, "train": 2}
 
 
@@ -57,6 +71,26 @@ def count_missing_classes(records: Sequence[Record], findings: Findings) -> None
     for split in _RANK:
         mine = {record.row.label for record in records if record.row.split == split} - {""}
         findings.add(MISSING.code, len(labels - mine) if mine else 0)
+
+
+def count_near_duplicates(records: Sequence[Record], looks: Mapping[int, Look], findings: Findings) -> None:
+    """Count the images that look like others; of those in two splits, both go to the private list."""
+    seen = [(record.row, looks[record.row.number]) for record in records if record.row.number in looks]
+    numbers: dict[str, int] = {}
+    pixels = np.array([numbers.setdefault(look.digest, len(numbers)) for _, look in seen], np.int64)
+    ranks = np.array([_rank(row) for row, _ in seen], np.int64)
+    within, across, shown = (np.zeros(len(seen), np.bool_) for _ in range(3))
+    for earlier, later in alike([look.dhash for _, look in seen]):
+        other = pixels[earlier] != pixels[later]
+        first, second = earlier[other], later[other]
+        same = ranks[first] == ranks[second]
+        within[second[same]] = True
+        across[np.where(ranks[first] > ranks[second], first, second)[~same]] = True
+        shown[first[~same]] = shown[second[~same]] = True
+    findings.add("near-duplicates", int(within.sum()))
+    findings.add(
+        "near-duplicate-splits", int(across.sum()), [seen[place][0].reference for place in np.flatnonzero(shown)]
+    )
 
 
 def _pictures(records: Sequence[Record], digests: Mapping[int, str]) -> list[list[Record]]:

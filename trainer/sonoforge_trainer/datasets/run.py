@@ -53,7 +53,8 @@ def import_set(
 
     Raises SourceError, DataSetError, StorageError.
     """
-    findings = Findings((*importer.checks, *inspect.CHECKS, *leaks.CHECKS, leaks.MISSING, shortcuts.SIZE, _UNLISTED))
+    everywhere = (*inspect.CHECKS, *leaks.CHECKS, *leaks.NEAR, leaks.MISSING, shortcuts.SIZE, _UNLISTED)
+    findings = Findings((*importer.checks, *everywhere))
     with tempfile.TemporaryDirectory(prefix="sonoforge-import-") as scratch:
         records = importer.read(Source(root, Path(scratch), findings, target.rule.workers))
         _check_references(records)
@@ -61,6 +62,7 @@ def import_set(
         digests = {number: look.digest for number, look in looks.items()}
         records, rule = _split(importer, records, digests, choice, target.plan, findings)
         records = leaks.without_leaks(records, digests, findings)
+        leaks.count_near_duplicates(records, looks, findings)
         leaks.count_missing_classes(records, findings)
         shortcuts.look_for_size(records, looks, findings)
         masked = frozenset(record.row.number for record in records if record.mask is not None)
