@@ -42,8 +42,7 @@ class Death:
 DEATHS = {
     "in the feature pass": Death("GET", r"\.tar$", again=True),
     "between features and their index": Death("PUT", r"/features-[0-9a-f]+\.json$"),
-    "while a decoder is trained": Death(line="protocol=segment"),
-    "while the backbone is trained": Death(line="protocol=finetune"),
+    "in the second of two trainings": Death(line="protocol=finetune"),
     "just before the result": Death("PUT", RESULT),
     "just after the result": Death("PUT", RESULT, done=True),
 }
@@ -104,7 +103,7 @@ class Lives:
 
 
 def test_a_suite_that_is_killed_at_any_moment_gives_the_same_numbers_and_one_result(s3, proxy, proxy_fault, tmp_path):
-    """Six lives end by SIGKILL, the seventh reaches the end. Then the same weights are evaluated undisturbed."""
+    """Five lives end by SIGKILL, the sixth reaches the end. Then the same weights are evaluated undisturbed."""
     phantoms, shards = PhantomRule(72, size=48, frames=1, clips=6), PlanRule(24, 0, (0.5, 0.25, 0.25))
     build_phantoms(f"{s3.uri}/set", phantoms, shards, s3.storage)
     suite = tmp_path / "suite.yaml"
