@@ -15,6 +15,7 @@ from sonoforge_trainer.contract import (
     Part,
     Progress,
     Score,
+    UnixTime,
     selection_score,
     split_score,
 )
@@ -59,7 +60,7 @@ class Condition(Part):
     """Why, in one word."""
     message: str = ""
     """Why, in a sentence, with what to do next."""
-    since: float = 0.0
+    since: UnixTime = 0.0
     """Unix time of the last change of `status`."""
 
 
@@ -82,16 +83,16 @@ class Backoff(Part):
 
     deaths: int = 0
     """Ends in a row without any use in between."""
-    until: float = 0.0
+    until: UnixTime = 0.0
     """Unix time of the next start."""
 
 
 class Saving(Part):
     """How a job that is to be suspended leaves its nodes."""
 
-    since: float
+    since: UnixTime
     """Unix time at which the wish was first seen."""
-    asked: float = 0.0
+    asked: UnixTime = 0.0
     """Unix time at which the process group was known to have heard that it is to save and leave; 0 before."""
     group: str = ""
     """Identity of that process group. Another one has to be asked again."""
@@ -102,7 +103,7 @@ class ExcludedNode(Part):
 
     name: str
     """Name of the machine."""
-    until: float
+    until: UnixTime
     """Unix time after which it is used again."""
 
 
@@ -113,7 +114,7 @@ class Goodput(Part):
     """Time in which steps were made that were not lost later."""
     lost_seconds: dict[str, float] = {}
     """Time without such steps, by cause."""
-    until: float = 0.0
+    until: UnixTime = 0.0
     """Unix time up to which this was counted."""
 
     @property
@@ -219,7 +220,7 @@ class JobStatus(Part):
     """For each node, how often its process ended and was replaced in this attempt."""
     worker_lost: tuple[str, ...] = ()
     """For each node, the identity of its process that ended last and was counted."""
-    worker_lost_created: tuple[float, ...] = ()
+    worker_lost_created: tuple[UnixTime, ...] = ()
     """For each node, the Unix time of that one's creation: what is older was counted before it."""
     worker_seen: tuple[str, ...] = ()
     """For each node, the identity of its process that was seen last."""
@@ -233,15 +234,15 @@ class JobStatus(Part):
     """How often the coordinator ended and was replaced."""
     restarts: dict[str, int] = {}
     """Restarts by cause, over the life of the job."""
-    application_failures: tuple[float, ...] = ()
+    application_failures: tuple[UnixTime, ...] = ()
     """Unix times of application errors inside the budget's window."""
     restarts_without_progress: int = 0
     """Restarts in a row in which the durable step did not rise."""
     durable_step_at_restart: int = -1
     """Durable step at the last restart."""
-    attempt_started: float = 0.0
+    attempt_started: UnixTime = 0.0
     """Unix time at which the attempt's first process was wanted."""
-    replaced: float = 0.0
+    replaced: UnixTime = 0.0
     """Unix time at which a process was last replaced; it then has the startup deadline for its first step."""
     node_backoff: Backoff = Backoff()
     """When nodes that end without a step are started again."""
@@ -285,9 +286,9 @@ class JobStatus(Part):
     """What decided: the same on the validation split, or the score itself where it needs no labels."""
     outcome: Outcome | None = None
     """Set once training is over."""
-    started: float = 0.0
+    started: UnixTime = 0.0
     """Unix time of acceptance."""
-    finished: float = 0.0
+    finished: UnixTime = 0.0
     """Unix time of the end."""
 
     @property

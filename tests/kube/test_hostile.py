@@ -10,6 +10,7 @@ import copy
 import os
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from objects import documents, ended, file, pod, worker_job
@@ -216,6 +217,54 @@ def test_the_record_of_a_job_that_runs_is_read_or_refused_and_a_pass_has_an_answ
         decided = plan(suspended(job.file, data.draw(st.booleans())), Observed(status, found, said), now)
         status = decided.status
         job_document(job, status, Observed(status, found, said))
+
+
+ANYTHING = (None, True, 0, -1, 2**63, 1.5, 1e308, -1e308, "", "x" * 300, "9999999d", [], {}, [1], {"a": 1}, [None])
+
+
+@pytest.mark.parametrize("what", ["record", "checkpoint", "progress", "pod", "worker job"])
+def test_any_single_value_may_be_anything(what):
+    """Every value of what is read back or observed, each replaced by each of these: what chance may take long to find.
+
+    The passes go on from there, with the wish to suspend and without it.
+    """
+    record, checkpoint = a_live_job()
+    wild = {
+        "record": record["status"],
+        "checkpoint": checkpoint,
+        "progress": Progress(updated=T0, step=5, step_time=T0, attempt="a", checkpoints=(ref(10),)).document(),
+        "pod": pod("job-1", 0, uid="p0", phase="Failed", state=ended(1)),
+        "worker job": worker_job(1),
+    }[what]
+    job = live_job()
+    for place in paths(wild):
+        *way, last = place
+        for anything in ANYTHING:
+            changed = copy.deepcopy(wild)
+            owner: Any = changed
+            for step in way:
+                owner = owner[step]
+            owner[last] = anything
+            world = {"record": record["status"], "checkpoint": checkpoint, "pod": None, "worker job": None}
+            passes(job, world | {what: changed})
+
+
+def passes(job: ClusterJob, world: dict[str, Any]) -> None:
+    """Three passes over a job, two of them with the wish to suspend it."""
+    manifest = {**a_live_job()[0], "status": world["record"]}
+    try:
+        status = recall(manifest, [world["checkpoint"]], job.file)
+        said = Progress.parse(world["progress"]) if "progress" in world else status.progress
+    except (UnreadableRecordError, ContractError):
+        return
+    pods = tuple(world["pod"] or pod("job-1", index, uid=f"p{index}") for index in range(2))
+    workers = world["worker job"] or worker_job(status.attempt)
+    for turn in range(3):
+        now = T0 + 60.0 * turn
+        found = facts(Objects((workers,), pods), status, now)
+        observed = Observed(status, found, believable(said, job) if said and turn else None)
+        status = plan(suspended(job.file, turn < 2), observed, now).status
+        job_document(job, status, observed)
 
 
 @HOSTILE

@@ -88,7 +88,7 @@ from sonoforge_trainer.contract.exits import (
     Termination,
 )
 from sonoforge_trainer.contract.init import InitConfig
-from sonoforge_trainer.contract.progress import Activity, Progress, Request
+from sonoforge_trainer.contract.progress import Activity, Progress, Request, UnixTime
 from sonoforge_trainer.contract.shards import Shard, ShardManifest, dataset_digest
 from sonoforge_trainer.contract.suite import EvalSuiteSpec, baseline_evaluation, read_suite, suite_requests
 from sonoforge_trainer.contract.summary import CheckpointSummary, RunEvent, RunSummary
@@ -167,6 +167,7 @@ __all__ = [
     "StoredObject",
     "Termination",
     "TrainConfig",
+    "UnixTime",
     "baseline_evaluation",
     "baseline_request_id",
     "canonical_json",

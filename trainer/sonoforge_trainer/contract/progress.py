@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from sonoforge_trainer.contract.base import Part
 from sonoforge_trainer.contract.checkpoint import CheckpointRef
+
+UnixTime = Annotated[float, Field(ge=0, le=253402300799)]
+"""Seconds since 1970, up to the year 9999, so that every one can be written as a date."""
 
 
 class Activity(StrEnum):
@@ -33,13 +38,13 @@ class Progress(Part):
     """Identity of the process group."""
     activity: Activity = Activity.WAITING
     """What the workers are doing."""
-    updated: float = 0.0
+    updated: UnixTime = 0.0
     """Unix time of this record."""
     step: int = 0
     """Optimiser steps done."""
     steps: int = 0
     """Optimiser steps of the whole run."""
-    step_time: float = 0.0
+    step_time: UnixTime = 0.0
     """Unix time at which the newest step ended. A run whose step time does not move is stalled, whatever it says."""
     samples: int = 0
     """Images seen."""
