@@ -115,6 +115,16 @@ def test_what_lies_in_storage_cannot_lead_to_another_place(summary, storage, tmp
     assert 666.0 not in [record["loss"] for record in metric_records(found, storage)]
 
 
+def test_what_lies_beside_a_result_is_not_taken_for_one(summary, storage):
+    real = commit(summary, ("a", "a", "a"))
+    for checkpoint in real.checkpoints:
+        for uri in checkpoint.results:
+            storage.write(f"{uri.removesuffix('.json')}/evidence.json", b"{}")
+            storage.write(f"{uri.removesuffix('.json')}/gallery.json", b"{}")
+    put_summary(real, storage)
+    assert survey(real.checkpoints_uri, storage).checkpoints == real.checkpoints
+
+
 def test_a_log_that_cannot_be_read_is_left_out(summary, storage):
     path = Path(summary.checkpoints[1].ref.uri.removeprefix("file://")) / "metrics.jsonl"
     for text in ('{"step": 1', "[1]", "{}", "3"):

@@ -228,9 +228,8 @@ def _looked_at(store: CheckpointStore, prefix: Prefix) -> _Seen | None:
 
 
 def _names_a_result(name: str) -> bool:
-    return (
-        name.startswith("eval/") and name.endswith(".json") and not name.endswith(("-evidence.json", "-gallery.json"))
-    )
+    # What an evaluation leaves beside its result, evidence.json for one, lies a folder deeper.
+    return name.startswith("eval/") and name.endswith(".json") and name.count("/") == 1
 
 
 def _written_summary(uri: str, storage: Storage) -> RunSummary | None:
