@@ -240,7 +240,7 @@ def spoil_shards(site: RealSite, name: str) -> Fault:
 
 
 def spoil_checkpoints(number: int) -> Strike:
-    """A flipped bit in the training state of the newest checkpoints, and a worker that is deleted."""
+    """A flipped bit in the training state of the newest checkpoints, and a process that cannot save a new one."""
 
     def strike(site: RealSite, name: str) -> Fault:
         progress = site.progress(name)
@@ -250,7 +250,7 @@ def spoil_checkpoints(number: int) -> Strike:
             states = [o for o in site.objects(f"{checkpoint.uri}/") if "state" in o.rsplit("/", 1)[-1]]
             assert states, site.objects(f"{checkpoint.uri}/")
             site.flip_bit(states[0])
-        return delete_worker(site, name)
+        return kill_process(site, name)
 
     return strike
 

@@ -106,8 +106,8 @@ _SINGLE = (
     Scenario("9", "S3 down for 60 s while training", stop_s3, regroups=False, mended=OUTAGE),
     Scenario("9b", "S3 down for 60 s during a checkpoint", stop_s3, at=2 * EVERY - 1, regroups=False, mended=OUTAGE),
     Scenario("10", "shards corrupted in S3, repaired once the job says so", spoil_shards),
-    Scenario("11", "newest checkpoint corrupted, worker pod deleted", spoil_checkpoints(1), at=2 * EVERY + 10),
-    Scenario("11b", "two newest checkpoints corrupted, worker pod deleted", spoil_checkpoints(2), at=2 * EVERY + 10),
+    Scenario("11", "newest checkpoint corrupted, worker process killed", spoil_checkpoints(1), at=2 * EVERY + 10),
+    Scenario("11b", "two newest checkpoints corrupted, worker process killed", spoil_checkpoints(2), at=2 * EVERY + 10),
 )
 SCENARIOS = (
     *_SINGLE,
