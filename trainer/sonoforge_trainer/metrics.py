@@ -23,14 +23,19 @@ _PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, 
 # kernel raises as well, such as 13, 31, 43 and 45, are not among them.
 _HARDWARE_XIDS = {
     48: "double-bit ECC error",
+    62: "its micro-controller halted",
     64: "row remapping failed",
     74: "NVLink error",
     79: "fallen off the bus",
+    80: "corrupted data arrived over the bus",
     94: "contained ECC error",
     95: "uncontained ECC error",
+    110: "security fault",
     119: "no answer of its processor",
     120: "error of its processor",
+    121: "link error to the CPU",
     140: "unrecovered ECC error",
+    143: "initialisation failed",
 }
 _MOST_XIDS = 1000
 
