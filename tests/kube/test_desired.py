@@ -107,6 +107,16 @@ def test_nothing_of_the_operators_key_is_in_any_object():
     assert config["data"]["token"].startswith("sha256:")
 
 
+def test_a_coordinator_leaves_a_lost_node_at_once_and_a_worker_after_a_while():
+    def patience(manifest: dict) -> set[int]:
+        tolerations = manifest["spec"]["template"]["spec"]["tolerations"]
+        return {t["tolerationSeconds"] for t in tolerations if t.get("key", "").startswith("node.kubernetes.io/")}
+
+    job = cluster_job()
+    assert patience(coordinator(job)) == {0}
+    assert patience(worker_job(job, 1, WORKERS)) == {20}
+
+
 def test_the_coordinator_has_no_credentials_of_the_storage():
     text = json.dumps(coordinator(cluster_job()))
     assert "AWS_" not in text

@@ -177,6 +177,8 @@ def coordinator(job: ClusterJob) -> Manifest:
             f"--token-file={CONFIG_FOLDER}/token",
         ),
         settings=job.runtime.coordinator,
+        # No group forms without it, and another one in its place costs no step.
+        unreachable_seconds=0,
         restart="Always",
         ports={"store": STORE_PORT, "http": HTTP_PORT},
         ready_path="/healthz",

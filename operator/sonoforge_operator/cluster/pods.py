@@ -24,7 +24,6 @@ REQUEST_FILE = f"{_REQUEST}/request.json"
 """Where a pod finds what it was asked."""
 _TERMINATION_LOG = "/dev/termination-log"
 _TOKEN_SECONDS = 3600
-_UNREACHABLE_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,8 @@ class PodPlan:
     """Where it runs."""
     grace_seconds: int = 30
     """Time to end after SIGTERM."""
+    unreachable_seconds: int = 20
+    """How long it stays on a node that the cluster holds for lost."""
     restart: str = "Never"
     """restartPolicy."""
     gpus: int = 0
@@ -122,7 +123,7 @@ def pod_template(
         },
         "containers": [container],
         "volumes": mounts.volumes,
-        "tolerations": _tolerations(plan.settings),
+        "tolerations": _tolerations(plan),
     }
     optional: Manifest = {
         "nodeSelector": {**plan.node_selector, **plan.settings.node_selector},
@@ -197,15 +198,15 @@ def _resources(plan: PodPlan, runtime: PretrainRuntimeSpec) -> Manifest:
     return {name: values for name, values in (("requests", requests), ("limits", limits)) if values}
 
 
-def _tolerations(settings: PodSettings) -> list[Manifest]:
+def _tolerations(plan: PodPlan) -> list[Manifest]:
     """The settings', and a short patience with a node that cannot be reached: the run goes on elsewhere."""
     given = [
         {name: value for name, value in toleration.document().items() if value not in ("", None)}
-        for toleration in settings.tolerations
+        for toleration in plan.settings.tolerations
     ]
     keys = {toleration.get("key") for toleration in given}
     return given + [
-        {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": _UNREACHABLE_SECONDS}
+        {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": plan.unreachable_seconds}
         for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
         if key not in keys
     ]
