@@ -48,6 +48,7 @@ class S3:
     server: S3Server
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where two processes share the tests, one has those of the cluster, which wait a lot and share a control plane."""
     for item in items:
