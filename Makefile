@@ -24,7 +24,7 @@ demo-cluster: $(VENV)/ready cluster-programs cluster-packages ## The same on thr
 
 .PHONY: test
 test: $(VENV)/ready check cluster-programs ## Everything CI checks: format, lint, types, import rules, tests
-	SONOFORGE_CLUSTER=required $(BIN)/pytest --numprocesses=2 --dist=loadgroup
+	SONOFORGE_CLUSTER=required $(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 .PHONY: test-nodes
 test-nodes: $(VENV)/ready cluster-programs cluster-packages ## Tests on real nodes, with images and containers (Linux, root, Debian packages)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from sonoforge_trainer.storage import Storage, StorageSettings
 from sonoforge_trainer.storage.server import BUCKET, S3Server
@@ -48,13 +49,17 @@ class S3:
     server: S3Server
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, one has those of the cluster, which wait a lot and share a control plane."""
-    for item in items:
-        below = item.path.relative_to(Path(__file__).parent)
-        group = "cluster" if below.parts[0] == "cluster" else str(below)
-        item.add_marker(pytest.mark.xdist_group(group))
+class _ByFile(LoadScopeScheduling):
+    """Each file to one process, and all of the cluster to the same: they wait a lot, and share a control plane."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "tests/cluster" if file.startswith("tests/cluster/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """How processes share the tests where there are several."""
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
