@@ -88,7 +88,7 @@ fuzz: $(VENV)/ready ## 10,000 hostile specs, statuses, pods and answers of each 
 	SONOFORGE_FUZZ_EXAMPLES=10000 $(BIN)/pytest -q --timeout=7200 tests/kube/test_hostile.py
 
 .PHONY: real
-real: $(VENV)/ready ## The main job on the real ultrasound images beside the checkout (about an hour on 2 cores)
+real: $(VENV)/ready ## Pretrain and compare on the real images beside the checkout: docs/real.md (about two hours of CPU time)
 	$(BIN)/python demo/real.py
 
 .PHONY: chaos
