@@ -1,9 +1,9 @@
 """`make real`: pretrain on the real ultrasound images beside the checkout; evaluate on liver and fetal head images.
 
-Only the rows marked train or unlabelled are pretrained on, so no test image was seen before. After training the last
-checkpoint and the baselines go through evalsuite-real.yaml. Everything is kept in runs/real, and the command goes on
-where it was interrupted. It ends with the table of docs/real.md. The images are not part of the repository: see
-SOURCES.md in their folder.
+Only the rows marked train or unlabelled are pretrained on, so no test image was seen before. After training the first
+checkpoint, which is the random initialisation, the last one and the baselines go through evalsuite-real.yaml.
+Everything is kept in runs/real, and the command goes on where it was interrupted. It ends with the table of
+docs/real.md. The images are not part of the repository: see SOURCES.md in their folder.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def main() -> int:
         say(began, f"{STEPS}/{STEPS}", f"evaluating: {SUITE.relative_to(ROOT)}")
         os.environ.update(server.environment())
         storage = Storage.from_env()
-        last = survey(RUN, storage).checkpoints[-1].ref.uri
-        sonoforge(environment, "eval", last, f"--suite={SUITE}")
+        checkpoints = survey(RUN, storage).checkpoints
+        for checkpoint in (checkpoints[0], checkpoints[-1]):
+            sonoforge(environment, "eval", checkpoint.ref.uri, f"--suite={SUITE}")
         suite = read_suite(SUITE.read_text(), where=SUITE.name)
         print(comparison(survey(RUN, storage), suite, storage))  # noqa: T201 - for a person
         sonoforge(environment, "report", RUN, f"--output={STATE / 'comparison.html'}")

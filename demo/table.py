@@ -1,4 +1,4 @@
-"""The scores of a run's last checkpoint beside those of its baselines and floors, as a table in Markdown."""
+"""The scores of a run's checkpoints beside those of its baselines and floors, as a table in Markdown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def comparison(summary: RunSummary, suite: EvalSuiteSpec, storage: Storage) -> s
     The best of a row is bold. `=`: on the same test samples the difference to it may be chance, compared as on the page
     of the run. Intervals are the 95 % ones of the results.
     """
-    models = [model for model in models_of([read_run(summary, storage)]) if model.name != "random initialisation"]
+    models = models_of([read_run(summary, storage)])
     by_name = {table.evaluation: table for table in tables(models, storage)}
     names = [model.name for model in models]
     lines = ["| data set | protocol | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
