@@ -66,8 +66,8 @@ def pods_of(made: ClusterJob) -> Iterator[tuple[str, Manifest]]:
         "inventory": Child("inventory-000-000", "inventory"),
     }
     manifests = {
-        "worker-0": worker_job(made, 1),
-        "worker-1": worker_job(made, 1),
+        "worker-0": worker_job(made, 1, made.file.job.spec.workers),
+        "worker-1": worker_job(made, 1, made.file.job.spec.workers),
         "coordinator": coordinator(made),
         **{name: small_job(made, child, made.owner()) for name, child in children.items()},
     }
