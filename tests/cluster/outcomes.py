@@ -10,6 +10,8 @@ from typing import Any
 
 from real_site import RealSite
 
+from sonoforge_trainer.contract import QUARANTINE
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from audit import Logs, log_faults, read_logs
@@ -37,7 +39,8 @@ def outcome_of(site: RealSite, job: str, folder: Path) -> Outcome:
     objects = site.get("ckpt", f"--selector=sonoforge.dev/job={job}")["items"]
     return Outcome(
         phase=site.phase(job),
-        logs=read_logs(checkpoints),
+        # What was found damaged was trained anew, and is in the logs of the checkpoints that took its place.
+        logs=read_logs(path for path in checkpoints if not (path / QUARANTINE).exists()),
         results={str(path.relative_to(folder)): len(list(path.glob("eval/*.json"))) for path in checkpoints},
         evaluations={item["metadata"]["name"]: _phases(item) for item in objects},
     )
