@@ -183,3 +183,14 @@ def retained() -> World:
     world.turn()
     assert len(world.running("retention-")) == 1
     return world
+
+
+def over(world: World) -> World:
+    """Training has ended, and its last checkpoint waits for its scores."""
+    world.turn()
+    world.report(100, 100, activity=Activity.FINISHED)
+    world.turn()
+    world.end("worker-")
+    world.turn()
+    assert world.status.outcome is not None
+    return world

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from builders import World, checkpoint, job, said_scores
+from builders import World, checkpoint, job, over, said_scores
 
 from sonoforge_operator.api import EvaluationPolicy, NameRef, RestartPolicy, Workers
 from sonoforge_operator.api.job import NoProgressBudget
@@ -231,13 +231,7 @@ def test_only_as_many_evaluations_run_as_the_policy_allows():
 
 
 def test_a_job_does_not_end_before_its_last_checkpoint_has_scores():
-    world = World()
-    world.turn()
-    world.report(100, 100, activity=Activity.FINISHED)
-    world.turn()
-    world.end("worker-")
-    world.turn()
-    assert world.status.outcome is not None
+    world = over(World())
     assert not world.status.terminal
     assert world.status.phase == "Evaluating"
 

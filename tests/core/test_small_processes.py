@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from builders import JOB, World, checkpoint, ended, retained, running_world, said_scores
+from builders import JOB, World, checkpoint, ended, over, retained, running_world, said_scores
 
 from sonoforge_operator.api import parse_job_file
 from sonoforge_trainer.contract import Activity, Termination
@@ -50,17 +50,6 @@ def cannot_start(world: World, prefix: str, waiting: str, message: str = "") -> 
     """The running children with this prefix do not start, since they were made."""
     for name in world.running(prefix):
         world.children[name] = replace(world.children[name], waiting=waiting, waiting_message=message)
-
-
-def over(world: World) -> World:
-    """Training has ended, and its last checkpoint waits for its scores."""
-    world.turn()
-    world.report(100, 100, activity=Activity.FINISHED)
-    world.turn()
-    world.end("worker-")
-    world.turn()
-    assert world.status.outcome is not None
-    return world
 
 
 def test_an_evaluation_that_can_never_start_says_why_and_does_not_hold_the_job_for_ever():
