@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from components import wait_for
 from control_plane import ControlPlane
 from operators import apply_crds, grant, own_namespace
 from test_life import JOB
@@ -58,18 +59,28 @@ class Silent:
     released: asyncio.Event
     fetal: Key
 
+    def call_ready(self) -> None:
+        """Let the store say that the coordinator is ready."""
+        (deployment,) = self.store.all(DEPLOYMENTS.name)
+        self.store.put(DEPLOYMENTS.name, {**deployment, "status": {"readyReplicas": 1}})
+
     async def begin(self) -> asyncio.Future[float | None]:
         """A pass over the job that waits for its run."""
         await self.reconciler.reconcile(self.fetal)
-        (deployment,) = self.store.all(DEPLOYMENTS.name)
-        self.store.put(DEPLOYMENTS.name, {**deployment, "status": {"readyReplicas": 1}})
+        self.call_ready()
         waits = asyncio.ensure_future(self.reconciler.reconcile(self.fetal))
         await self.asked.wait()
         return waits
 
 
 @asynccontextmanager
-async def opened(control_plane: ControlPlane, namespace: str) -> AsyncIterator[Silent]:
+async def opened(
+    control_plane: ControlPlane,
+    namespace: str,
+    *,
+    seconds: float = 300,
+    steady: Callable[[], float] = time.monotonic,
+) -> AsyncIterator[Silent]:
     asked, released = asyncio.Event(), asyncio.Event()
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -89,7 +100,7 @@ async def opened(control_plane: ControlPlane, namespace: str) -> AsyncIterator[S
     async with (
         server,
         await Api.connect(str(grant(control_plane, namespace))) as api,
-        Coordinators(b"a key of the tests, 32 bytes long", url, seconds=300) as visitor,
+        Coordinators(b"a key of the tests, 32 bytes long", url, seconds=seconds, steady=steady) as visitor,
     ):
         site = Site(default_image="example.invalid/trainer:1", operator_namespace=namespace)
         reconciler = LateReconciler(
@@ -186,5 +197,40 @@ def test_a_pass_that_waited_long_for_its_turn_does_not_take_that_for_a_stall(
             status = json.loads(kubectl("get", "pj", "fetal", "--output=json"))["status"]
             assert status["step"] == 10, "it was heard"
             assert (status["attempt"], status.get("restarts", {})) == (1, {})
+
+    asyncio.run(story())
+
+
+def test_a_coordinator_that_falls_silent_is_replaced(control_plane: ControlPlane, kubectl: Callable[..., str]) -> None:
+    now = [0.0]
+
+    def get(what: str) -> list[Any]:
+        selector = [] if what == "events" else ["--selector=sonoforge.dev/part=coordinator"]
+        found: list[Any] = json.loads(kubectl("get", what, *selector, "--output=json"))["items"]
+        return found
+
+    def pod() -> str:
+        """Uid of the pod that the Deployment has made."""
+        wait_for(lambda: get("pods"), "the coordinator has a pod", 30)
+        return str(get("pods")[0]["metadata"]["uid"])
+
+    async def story() -> None:
+        namespace = kubectl.namespace  # type: ignore[attr-defined]
+        async with opened(control_plane, namespace, seconds=0.3, steady=lambda: now[0]) as silent:
+            silent.released.set()
+            await silent.reconciler.reconcile(silent.fetal)
+            first = await asyncio.to_thread(pod)
+            await silent.freshness.fill()
+            silent.call_ready()
+            await silent.reconciler.reconcile(silent.fetal)
+            silent.released.clear()
+            for now[0] in (0.0, 4.0, 8.0):
+                await silent.reconciler.reconcile(silent.fetal)
+                assert await asyncio.to_thread(pod) == first, "it may answer yet"
+            now[0] = 12.0
+            await silent.reconciler.reconcile(silent.fetal)
+            silent.released.set()
+            await asyncio.to_thread(wait_for, lambda: pod() != first, "another one is there", 30)
+            assert "CoordinatorLost" in {event["reason"] for event in get("events")}
 
     asyncio.run(story())

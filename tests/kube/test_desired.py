@@ -117,6 +117,13 @@ def test_a_coordinator_leaves_a_lost_node_at_once_and_a_worker_after_a_while():
     assert patience(worker_job(job, 1, WORKERS)) == {20}
 
 
+def test_another_coordinator_avoids_the_node_of_the_one_that_was_taken_away():
+    deployment = coordinator(cluster_job())
+    spec = deployment["spec"]["template"]["spec"]
+    (preferred,) = spec["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert preferred["podAffinityTerm"]["labelSelector"] == deployment["spec"]["selector"]
+
+
 def test_the_coordinator_has_no_credentials_of_the_storage():
     text = json.dumps(coordinator(cluster_job()))
     assert "AWS_" not in text

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from unittest.mock import Mock
+
+import aiohttp
+import pytest
 
 from sonoforge_operator.cluster.coordinators import Coordinators
 from sonoforge_operator.cluster.names import Key, Names
@@ -22,6 +27,9 @@ class Run:
     now: list[float]
     visits: list[float] = field(default_factory=list)
     answers: bool = False
+
+    def lost(self) -> bool:
+        return self.visitor.lost(NAMES.uid)
 
     async def ask_every_second(self, seconds: int) -> list[Progress | None]:
         said = []
@@ -136,5 +144,69 @@ def test_a_run_that_nobody_serves_costs_nothing_and_is_asked_every_time():
                 run.visitor = visitor
                 assert await run.ask_every_second(5) == [None] * 5
                 assert visitor._silent == {}
+
+    asyncio.run(story())
+
+
+def test_a_run_that_answered_is_lost_once_it_was_silent_for_ten_seconds():
+    async def story():
+        async with opened() as run:
+            run.answers = True
+            await run.ask_every_second(3)
+            run.answers = False
+            for _ in range(10):
+                assert not run.lost()
+                await run.ask_every_second(1)
+            assert run.lost()
+            run.answers = True
+            await run.ask_every_second(10)
+            assert not run.lost(), "it is back"
+
+    asyncio.run(story())
+
+
+def test_a_run_that_never_answered_is_not_lost_and_a_new_coordinator_has_not_answered_yet():
+    async def story():
+        async with opened() as run:
+            await run.ask_every_second(30)
+            assert not run.lost()
+            run.answers = True
+            await run.ask_every_second(60)
+            run.answers = False
+            run.visitor.forget(NAMES.uid)
+            await run.ask_every_second(30)
+            assert not run.lost()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("runs", "silent", "lost"), [(2, 1, True), (2, 2, False), (30, 3, True), (30, 4, False)])
+def test_where_many_runs_are_silent_at_once_it_is_our_own_network_and_none_is_lost(runs: int, silent: int, lost: bool):
+    async def story():
+        async with opened() as run:
+            names = [Names(Key("n", f"x{number}"), f"u{number}") for number in range(runs)]
+            run.answers = True
+            for each in names:
+                assert await run.visitor.progress(each)
+            run.answers = False
+            for _ in range(2):
+                await asyncio.gather(*(run.visitor.progress(each) for each in names[:silent]))
+                run.now[0] += 10.0
+            assert [run.visitor.lost(each.uid) for each in names] == [lost] * silent + [False] * (runs - silent)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("number", "silent"), [(errno.EHOSTUNREACH, True), (errno.ECONNREFUSED, False)])
+def test_a_host_that_cannot_be_reached_is_silent_and_one_that_refuses_is_not(monkeypatch, number: int, silent: bool):
+    async def story():
+        async with opened() as run:
+
+            def fail(*_: object, **__: object) -> None:
+                raise aiohttp.ClientConnectorError(Mock(), OSError(number, "away"))
+
+            monkeypatch.setattr(run.visitor._session, "request", fail)
+            assert await run.ask_every_second(3) == [None] * 3
+            assert bool(run.visitor._silent) == silent
 
     asyncio.run(story())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import time
@@ -20,6 +21,9 @@ DEFAULT_URL = "http://{service}.{namespace}.svc:8080"
 _SECONDS = 3.0
 _LONGEST_WAIT_SECONDS = 60.0
 _AGAIN_SECONDS = 30.0
+_UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT)
+_LOST_SECONDS = 10.0
+_LOST_PART = 10
 _MOST_BYTES = 4 * 2**20
 
 
@@ -51,6 +55,7 @@ class Coordinators:
         self._key, self._url, self._steady = key, url, steady
         self._silent: dict[tuple[str, str], tuple[float, float]] = {}  # since when, and until when it is left alone
         self._heard: dict[str, tuple[str, float]] = {}  # by uid: the newest request that was heard, and when
+        self._known: set[str] = set()  # who told its progress
         # A coordinator is inside the cluster: a proxy of the environment must neither be asked nor see the token.
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=seconds),
@@ -75,6 +80,7 @@ class Coordinators:
         body = await self._patiently(names, "/progress")
         if body is None:
             return None
+        self._known.add(names.uid)
         try:
             return Progress.from_json(body, show_values=False)
         except ContractError:
@@ -101,9 +107,22 @@ class Coordinators:
         """Id of the newest request that the coordinator of a run took; empty where none is known."""
         return self._heard.get(uid, ("", 0.0))[0]
 
+    def lost(self, uid: str) -> bool:
+        """Whether a run that told its progress has not answered a visit for ten seconds, as if its node were cut off.
+
+        Where more than one run and more than a tenth are silent, it is our own network that fails: none is lost.
+        """
+        now = self._steady()
+        since, _ = self._silent.get((uid, "/progress"), (now, now))
+        if uid not in self._known or now - since < _LOST_SECONDS:
+            return False
+        silent = sum((known, "/progress") in self._silent for known in self._known)
+        return silent <= max(1, len(self._known) // _LOST_PART)
+
     def forget(self, uid: str) -> None:
         """Forget what a run said and heard: it is gone, or its coordinator is another one."""
         self._heard.pop(uid, None)
+        self._known.discard(uid)
         for path in ("/progress", "/request"):
             self._silent.pop((uid, path), None)
 
@@ -134,6 +153,10 @@ class Coordinators:
                     found += await answer.content.read(_MOST_BYTES + 1 - len(found))
         except TimeoutError:
             raise
+        except aiohttp.ClientConnectorError as error:
+            if error.os_error.errno in _UNREACHABLE:
+                raise TimeoutError from None  # a router said so, or nobody has its address any more
+            return None
         except (aiohttp.ClientError, OSError, ValueError):
             return None
         return found if len(found) <= _MOST_BYTES else None

@@ -179,6 +179,8 @@ def coordinator(job: ClusterJob) -> Manifest:
         settings=job.runtime.coordinator,
         # No group forms without it, and another one in its place costs no step.
         unreachable_seconds=0,
+        # One that is taken away because its node is silent leaves a pod there, until the node says otherwise.
+        apart=_selects(names, "coordinator"),
         restart="Always",
         ports={"store": STORE_PORT, "http": HTTP_PORT},
         ready_path="/healthz",

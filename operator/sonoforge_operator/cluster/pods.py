@@ -58,6 +58,8 @@ class PodPlan:
     """Further labels that a node must have."""
     avoid_nodes: tuple[str, ...] = ()
     """Nodes to stay away from where that is possible."""
+    apart: Mapping[str, str] = field(default_factory=dict)
+    """Labels of pods whose nodes are avoided where that is possible."""
     subdomain: str = ""
     """Headless Service that gives the pod its name."""
 
@@ -130,7 +132,7 @@ def pod_template(
         "priorityClassName": plan.settings.priority_class_name,
         "runtimeClassName": plan.settings.runtime_class_name,
         "imagePullSecrets": [{"name": name} for name in runtime.images.pull_secrets],
-        "affinity": _away_from(plan.avoid_nodes),
+        "affinity": _away_from(plan.avoid_nodes) | _apart_from(plan.apart),
         "subdomain": plan.subdomain,
     }
     spec |= {name: value for name, value in optional.items() if value}
@@ -218,3 +220,11 @@ def _away_from(nodes: tuple[str, ...]) -> Manifest:
     expression = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": sorted(nodes)}
     preferred = {"weight": 100, "preference": {"matchExpressions": [expression]}}
     return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [preferred]}}
+
+
+def _apart_from(labels: Mapping[str, str]) -> Manifest:
+    if not labels:
+        return {}
+    term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": dict(labels)}}
+    preferred = {"weight": 100, "podAffinityTerm": term}
+    return {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [preferred]}}

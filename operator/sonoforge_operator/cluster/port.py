@@ -182,6 +182,8 @@ class ClusterPort:
         if not decided.status.terminal:
             await self._apply_all(job, desired.standing_objects(job))
         await self._release(job.names, decided, training_wanted(decided.status), now)
+        if any(child.kind == "coordinator" for child in decided.children) and self._coordinators.lost(job.names.uid):
+            await self._replace_coordinator(job.names, decided, now)
         await self._start(job, decided)
         self._refused.pop(job.names.uid, None)
         await self._posting.post(job.names, decided.events, now, decided.status.attempt)
@@ -286,6 +288,18 @@ class ClusterPort:
                 await self._delete(PODS, pod, grace_seconds=0)
             elif doomed and _active(pod) and not pod["metadata"].get("deletionTimestamp"):
                 await self._delete(PODS, pod, grace_seconds=1)
+
+    async def _replace_coordinator(self, names: Names, decided: Plan, now: float) -> None:
+        """Take away the pod of a coordinator that is lost; its Deployment makes another one at once.
+
+        The cluster would do so too, once it holds the node for lost: by default after most of a minute.
+        """
+        self._coordinators.forget(names.uid)
+        for pod in self._store.owned(names).pods:
+            if _label(pod, LABEL_PART) == "coordinator" and not pod["metadata"].get("deletionTimestamp"):
+                await self._delete(PODS, pod)
+        event = Event("CoordinatorLost", "the coordinator does not answer any more, and is replaced", warning=True)
+        await self._posting.post(names, (event,), now, decided.status.attempt)
 
     async def _release_workers(self, found: Mapping[str, Any], current: int, training: bool) -> None:
         label = _label(found, LABEL_ATTEMPT)
