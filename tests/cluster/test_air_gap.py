@@ -67,7 +67,8 @@ def test_a_node_takes_the_images_under_the_names_that_the_manifests_use(unpacked
             words = [word for word in command.split()[1:] if word not in ("--namespace", "k8s.io")]
             words[-1] = str(unpacked / words[-1])
             containerd.ctr(*words)
-        found = containerd.images()
+        # CRI keeps each image under its digest too.
+        found = {name for name in containerd.images() if not name.startswith("sha256:")}
     finally:
         containerd.component.stop()
         subprocess.run(["rm", "-rf", str(folder() / "air-gap")], check=True)
