@@ -173,8 +173,10 @@ def test_random_weights_depend_on_the_seed_and_not_on_the_checkpoint(tmp_path, p
     assert scores[0] == scores[1] != scores[2]
 
 
-def test_random_weights_are_trained_from_layerscale_one_and_looked_at_as_pretraining_starts(checkpoint, storage):
+@pytest.mark.parametrize("said", [None, 0.25])
+def test_random_weights_are_trained_from_layerscale_one_and_looked_at_as_pretraining_starts(tmp_path, storage, said):
     """Their features have to be those of step 0; a training on labels that starts at 1e-5 would be held back."""
+    checkpoint = write_checkpoint(storage, (tmp_path / "run").as_uri(), layer_scale=said)
     suite = EvalSuiteSpec.parse(
         {
             "evaluations": [{"name": "planes", "shards": "file:///e/shards.json", "protocols": ["finetune"]}],
@@ -183,7 +185,7 @@ def test_random_weights_are_trained_from_layerscale_one_and_looked_at_as_pretrai
     )
     _, (_, request) = suite_requests(suite, *checkpoint)
     subject = open_subject(request, storage, CPU)
-    step_0 = Backbone(subject.backbone.config.model_copy(update={"layer_scale": 1e-5}), 32).eval()
+    step_0 = Backbone(subject.backbone.config.model_copy(update={"layer_scale": said or 1e-5}), 32).eval()
     initialise(step_0, 4)
     image = torch.arange(32 * 32).view(1, 1, 32, 32).remainder(251).to(torch.uint8)
     expected, _ = BackboneModel(step_0, subject.card, None, CPU)(image)

@@ -56,6 +56,7 @@ def test_the_card_says_what_the_backbone_is_and_expects(card):
         "inChannels": 1,
         "ffn": "mlp",
         "posEmbed": "antialias",
+        "layerScale": 0.1,
         "positions": "table",
         "mean": [0.1842924807],
         "std": [0.2187705424],

@@ -30,6 +30,7 @@ def model_card(training: TrainConfig, manifest: ShardManifest, samples: int) -> 
         in_channels=model.in_channels,
         ffn=model.ffn,
         pos_embed=model.pos_embed,
+        layer_scale=model.layer_scale,
         mean=training.data.mean,
         std=training.data.std,
         resolution=training.recipe.crops.global_size,
@@ -72,6 +73,7 @@ def empty_backbone(card: ModelCard, tensors: Mapping[str, Tensor]) -> Backbone:
         ffn=card.ffn,
         drop_path=0.0,
         pos_embed=card.pos_embed,
+        **({} if card.layer_scale is None else {"layer_scale": card.layer_scale}),
     )
     with torch.device("meta"):
         backbone = _backbone(config, card, tensors)

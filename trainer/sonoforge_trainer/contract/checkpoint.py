@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sonoforge_trainer.contract.base import Part
-from sonoforge_trainer.contract.config import Arch
+from sonoforge_trainer.contract.config import Arch, Positive
 from sonoforge_trainer.contract.shards import Sha256
 
 MANIFEST, COMMIT, TEACHER, MODEL_CARD = "manifest.json", "COMMIT", "teacher.safetensors", "model-card.json"
@@ -61,6 +61,8 @@ class ModelCard(Part):
     """Feed-forward layer."""
     pos_embed: Literal["offset", "antialias"]
     """How position embeddings are resized."""
+    layer_scale: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
+    """Value that LayerScale started with, for who starts again at random. None where no run of Sonoforge made it."""
     positions: Literal["table", "relative"] = "table"
     """`relative`: attention also has a bias by relative position (BEiT, USFM). For evaluation only."""
     mean: tuple[float, ...]
