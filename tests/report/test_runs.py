@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from sonoforge_trainer.contract import (
 )
 from sonoforge_trainer.report.catalogue import list_runs
 from sonoforge_trainer.report.cli import put_summary
-from sonoforge_trainer.report.runs import metric_records, open_run, survey
+from sonoforge_trainer.report.runs import metric_records, open_run, read_run, survey
 from sonoforge_trainer.storage import Storage
 
 
@@ -74,6 +75,30 @@ def test_baselines_beside_the_checkpoints_are_lines_and_rows_without_any_summary
     storage.write(f"{real.checkpoints_uri}/baselines/{baseline.id}/eval/planes-0011.json", b"{}")
     assert survey(real.checkpoints_uri, storage).floors == {}
     assert list_runs(real.checkpoints_uri, storage)[0].digest != before[0].digest
+
+
+def test_of_an_evaluation_whose_options_were_changed_the_newer_result_counts(summary, storage):
+    real = commit(summary, ("a", "a", "a"))
+    path = Path(real.checkpoints[0].results[0].removeprefix("file://"))
+    result = EvaluationResult.from_json(path.read_text())
+    asked = result.request.model_copy(update={"baseline": Baseline(name="natural", kind="random")})
+    baselines = f"{real.checkpoints_uri}/baselines/b/eval"
+    for name, age, value in (("0", 10, 0.375), ("1", 20, 0.125), ("2", 30, 0.0625)):
+        scores = {"knn/f1_macro": Score(value=value)}
+        for uri, request in ((path.parent.as_uri(), result.request), (baselines, asked)):
+            text = result.model_copy(update={"scores": scores, "request": request}).to_json()
+            storage.write(f"{uri}/planes-{name}.json", text.encode())
+            then = path.stat().st_mtime + 60 - age
+            os.utime(f"{uri.removeprefix('file://')}/planes-{name}.json", (then, then))
+    found = survey(real.checkpoints_uri, storage)
+    assert found.checkpoints[0].scores["planes-knn/f1_macro"].value == 0.375
+    assert found.floors == {"natural:planes-knn/f1_macro": Score(value=0.375)}
+    run = read_run(found, storage)
+    assert run.results[0].result.scores["knn/f1_macro"].value == 0.375
+    assert [(one.checkpoint.ref.step, one.evaluation) for one in run.results] == [
+        *((step, "planes") for step in (0, 10, 20)),
+    ]
+    assert [one.result.scores["knn/f1_macro"].value for _, one in run.baselines] == [0.375]
 
 
 def test_a_run_that_went_on_after_its_summary_shows_its_new_checkpoints(summary, storage):

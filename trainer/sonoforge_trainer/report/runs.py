@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from sonoforge_trainer.contract import (
     is_validation_score,
     selection_score,
 )
-from sonoforge_trainer.storage import ObjectNotFoundError, Storage, StorageError
+from sonoforge_trainer.storage import ObjectInfo, ObjectNotFoundError, Storage, StorageError
 
 SUMMARY = "summary.json"
 """Name of the summary, in the state folder of `sonoforge run` and beside the checkpoints."""
@@ -177,26 +177,32 @@ def metric_records(summary: RunSummary, storage: Storage) -> list[dict[str, Any]
 
 
 def evaluation_results(summary: RunSummary, storage: Storage) -> list[Evaluated]:
-    """The complete results of every evaluation that succeeded."""
-    found = []
+    """The complete result of every evaluation that succeeded; the newest where its options were changed."""
+    found: dict[tuple[str, str], Evaluated] = {}
     for checkpoint in summary.checkpoints:
         for uri in checkpoint.results:
             result = _result(uri, storage)
             if result is not None:
-                found.append(Evaluated(result, uri.rpartition("/")[0], checkpoint))
-    return found
+                one = Evaluated(result, uri.rpartition("/")[0], checkpoint)
+                found[checkpoint.ref.id, one.evaluation] = one
+    return list(found.values())
 
 
 def baseline_results(checkpoints_uri: str, storage: Storage) -> list[tuple[str, Measured]]:
-    """(name, result) of every baseline that is kept beside a run's checkpoints. Raises StorageError."""
-    found = []
-    for info in storage.list(f"{checkpoints_uri.rstrip('/')}/{BASELINES}/"):
-        folder = info.uri.rpartition("/")[0]
-        if folder.endswith("/eval") and info.uri.endswith(".json"):
-            result = _result(info.uri, storage)
+    """(name, result) of every baseline that is kept beside a run's checkpoints, the newest of each evaluation.
+
+    Raises StorageError.
+    """
+    found: dict[tuple[str, str], Measured] = {}
+    objects = {info.uri: info for info in storage.list(f"{checkpoints_uri.rstrip('/')}/{BASELINES}/")}
+    for uri in _oldest_first(objects):
+        folder = uri.rpartition("/")[0]
+        if folder.endswith("/eval") and uri.endswith(".json"):
+            result = _result(uri, storage)
             if result is not None and result.request.baseline is not None:
-                found.append((result.request.baseline.name, Measured(result, folder)))
-    return found
+                one = Measured(result, folder)
+                found[result.request.baseline.name, one.evaluation] = one
+    return [(name, found[name, evaluation]) for name, evaluation in sorted(found)]
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,7 @@ class _Seen:
 
 
 def _looked_at(store: CheckpointStore, prefix: Prefix) -> _Seen | None:
-    results = tuple(f"{prefix.uri}/{name}" for name in sorted(prefix.objects) if _names_a_result(name))
+    results = tuple(f"{prefix.uri}/{name}" for name in _oldest_first(prefix.objects) if _names_a_result(name))
     try:
         if PRUNED in prefix.objects:
             ref = CheckpointRef.from_json(store.storage.read(f"{prefix.uri}/{PRUNED}"), where=prefix.uri)
@@ -225,6 +231,11 @@ def _looked_at(store: CheckpointStore, prefix: Prefix) -> _Seen | None:
         log.warning("report.checkpoint_unreadable", uri=prefix.uri, reason=type(error).__name__)
         return None
     return _Seen(ref, results, manifest.attempt, manifest.job, manifest.uid, manifest.world_size)
+
+
+def _oldest_first(objects: Mapping[str, ObjectInfo]) -> list[str]:
+    # An evaluation that was asked again with other options leaves two results of its name: the newer one counts.
+    return sorted(objects, key=lambda name: (objects[name].modified, name))
 
 
 def _names_a_result(name: str) -> bool:

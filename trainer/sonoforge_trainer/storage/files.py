@@ -138,7 +138,8 @@ class FileBackend:
 def _info(uri: str, stat: os.stat_result) -> ObjectInfo:
     if not modes.S_ISREG(stat.st_mode):
         raise ObjectNotFoundError(f"{uri}: this is a directory or a device, not an object")
-    return ObjectInfo(uri=uri, size=stat.st_size, etag=f"{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}")
+    etag = f"{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    return ObjectInfo(uri=uri, size=stat.st_size, etag=etag, modified=stat.st_mtime)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -28,6 +28,8 @@ class ObjectInfo:
     """Bytes."""
     etag: str
     """Changes when the content changes; without quotes. Not a digest one can rely on."""
+    modified: float = 0.0
+    """Unix time of the last write by the storage's clock, S3's in whole seconds. 0 for one that was just written."""
 
 
 @dataclass

@@ -79,7 +79,7 @@ class S3Backend:
                 answer = client.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")
                 answer["Body"].close()
                 size = int(answer["ContentRange"].rpartition("/")[2])
-            return ObjectInfo(uri=uri, size=size, etag=_etag(answer))
+            return ObjectInfo(uri=uri, size=size, etag=_etag(answer), modified=_modified(answer))
 
         return self._run(uri, "stat", attempt)
 
@@ -236,7 +236,12 @@ class S3Backend:
             ask = partial(self._page, {"Bucket": bucket, "Prefix": below, **token})
             page = self._run(prefix, "list", ask)
             found.extend(
-                ObjectInfo(uri=f"s3://{bucket}/{entry['Key']}", size=entry["Size"], etag=_etag(entry))
+                ObjectInfo(
+                    uri=f"s3://{bucket}/{entry['Key']}",
+                    size=entry["Size"],
+                    etag=_etag(entry),
+                    modified=_modified(entry),
+                )
                 for entry in page.get("Contents", ())
                 if not entry["Key"].endswith("/")  # a console's folder marker
             )
@@ -349,6 +354,11 @@ class S3Backend:
 
 def _etag(answer: dict[str, Any]) -> str:
     return str(answer.get("ETag", "")).removeprefix("W/").strip('"')
+
+
+def _modified(answer: dict[str, Any]) -> float:
+    when = answer.get("LastModified")
+    return when.timestamp() if when is not None else 0.0
 
 
 def _md5(body: bytes) -> str:
