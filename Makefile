@@ -27,7 +27,7 @@ NODE_TESTS := tests/cluster/test_nodes.py tests/cluster/test_real_life.py tests/
 	tests/cluster/test_air_gap.py
 
 .PHONY: test
-test: $(VENV)/ready check cluster-programs cluster-packages ## Everything CI checks: format, lint, types, import rules, tests
+test: $(VENV)/ready check cluster-programs test-packages ## Everything CI checks: format, lint, types, import rules, tests
 	SONOFORGE_CLUSTER=required $(BIN)/pytest --numprocesses=2 --dist=loadfile
 	SONOFORGE_CLUSTER=required SONOFORGE_NODES=wanted $(BIN)/pytest $(NODE_TESTS)
 
@@ -58,6 +58,10 @@ cluster-programs: $(VENV)/ready ## Build the programs of the test cluster where 
 .PHONY: cluster-packages
 cluster-packages: $(VENV)/ready ## Install what real nodes need (containerd, runc, ...), on Debian as root; nothing elsewhere
 	@$(BIN)/python tests/cluster/packages.py
+
+.PHONY: test-packages
+test-packages: $(VENV)/ready ## The same, and Chromium for the tests of the page
+	@$(BIN)/python tests/cluster/packages.py --browser
 
 .PHONY: cluster
 cluster: $(VENV)/ready ## A Kubernetes control plane with played nodes to try things on; prints the KUBECONFIG line

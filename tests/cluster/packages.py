@@ -1,8 +1,8 @@
 """What real nodes need of this machine: root, and a few Debian packages.
 
-    python tests/cluster/packages.py
+    python tests/cluster/packages.py [--browser]
 
-installs them where that is possible, which is on Debian as root, and says nothing elsewhere: the tests that need them
+installs them, and a browser for the tests of the page, where that is possible, which is on Debian as root, and says nothing elsewhere: the tests that need them
 say then what is missing.
 """
 
@@ -76,12 +76,12 @@ def _wanted() -> list[str]:
     return wanted + ([] if (CNI / "ptp").exists() else ["containernetworking-plugins"])
 
 
-def install() -> None:
-    """Install what is missing, on Debian as root."""
-    wanted = _wanted()
+def install(*, browser: bool = False) -> None:
+    """Install what is missing, on Debian as root; `browser` adds Chromium, which tests of the page run in."""
+    wanted = _wanted() + (["chromium"] if browser and not shutil.which("chromium", path=SEARCH_PATH) else [])
     if not wanted or os.geteuid() != 0 or not shutil.which("apt-get", path=SEARCH_PATH):
         return
-    print(f"installing packages for nodes of the test cluster: {', '.join(wanted)}", file=sys.stderr, flush=True)
+    print(f"installing Debian packages that tests need: {', '.join(wanted)}", file=sys.stderr, flush=True)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "--yes", "--no-install-recommends", *wanted]):
         done = subprocess.run(
@@ -93,4 +93,4 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    install()
+    install(browser="--browser" in sys.argv[1:])
