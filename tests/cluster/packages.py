@@ -2,8 +2,8 @@
 
     python tests/cluster/packages.py [--browser]
 
-installs them, and a browser for the tests of the page, where that is possible, which is on Debian as root, and says nothing elsewhere: the tests that need them
-say then what is missing.
+installs them, and a browser for the tests of the page, where that is possible, which is on Debian as root, and says
+nothing elsewhere: the tests that need them say then what is missing.
 """
 
 from __future__ import annotations
