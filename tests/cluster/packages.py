@@ -68,7 +68,10 @@ def require(skip: Callable[[str], object], fail: Callable[[str], object], *, bui
 
 
 def _may_make_namespaces() -> bool:
-    return subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode == 0
+    unshare = shutil.which("unshare", path=SEARCH_PATH)
+    return (
+        bool(unshare) and subprocess.run([unshare, "--net", "true"], capture_output=True, check=False).returncode == 0
+    )
 
 
 def _wanted() -> list[str]:

@@ -7,7 +7,7 @@ import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import aiohttp
 import pytest
@@ -29,7 +29,7 @@ class Run:
     answers: bool = False
 
     def lost(self) -> bool:
-        return self.visitor.lost(NAMES.uid)
+        return self.visitor.lost(NAMES.uid) is not None
 
     async def ask_every_second(self, seconds: int) -> list[Progress | None]:
         said = []
@@ -148,19 +148,33 @@ def test_a_run_that_nobody_serves_costs_nothing_and_is_asked_every_time():
     asyncio.run(story())
 
 
-def test_a_run_that_answered_is_lost_once_it_was_silent_for_ten_seconds():
+def test_a_run_that_answered_is_lost_once_visits_failed_for_seven_seconds():
     async def story():
         async with opened() as run:
             run.answers = True
             await run.ask_every_second(3)
             run.answers = False
-            for _ in range(10):
+            run.visits.clear()
+            for _ in range(9):
                 assert not run.lost()
                 await run.ask_every_second(1)
-            assert run.lost()
+            assert (run.lost(), run.visits) == (True, [3, 4, 5, 7, 11])
             run.answers = True
             await run.ask_every_second(10)
             assert not run.lost(), "it is back"
+
+    asyncio.run(story())
+
+
+def test_a_visit_in_vain_and_a_long_time_prove_nothing():
+    async def story():
+        async with opened() as run:
+            run.answers = True
+            await run.ask_every_second(1)
+            run.answers = False
+            await run.ask_every_second(1)
+            run.now[0] += 1000.0
+            assert not run.lost()
 
     asyncio.run(story())
 
@@ -180,19 +194,84 @@ def test_a_run_that_never_answered_is_not_lost_and_a_new_coordinator_has_not_ans
     asyncio.run(story())
 
 
-@pytest.mark.parametrize(("runs", "silent", "lost"), [(2, 1, True), (2, 2, False), (30, 3, True), (30, 4, False)])
-def test_where_many_runs_are_silent_at_once_it_is_our_own_network_and_none_is_lost(runs: int, silent: int, lost: bool):
+async def visit(run: Run, names: list[Names], nodes: list[str]) -> list[bool]:
+    """Visit these runs, whose coordinators are on these nodes, for twenty seconds. Which of them is lost."""
+    for _ in range(20):
+        await asyncio.gather(*(run.visitor.progress(*each) for each in zip(names, nodes, strict=True)))
+        run.now[0] += 1.0
+    return [run.visitor.lost(each.uid) is not None for each in names]
+
+
+def runs(count: int) -> tuple[list[Names], list[str]]:
+    return [Names(Key("n", f"x{n}"), f"u{n}") for n in range(count)], [f"node-{n}" for n in range(count)]
+
+
+@pytest.mark.parametrize(("count", "silent", "lost"), [(2, 1, True), (2, 2, False), (30, 3, True), (30, 4, False)])
+def test_where_many_nodes_are_silent_at_once_it_is_our_own_network_and_none_is_lost(
+    count: int, silent: int, lost: bool
+):
     async def story():
         async with opened() as run:
-            names = [Names(Key("n", f"x{number}"), f"u{number}") for number in range(runs)]
+            names, nodes = runs(count)
             run.answers = True
-            for each in names:
-                assert await run.visitor.progress(each)
+            await visit(run, names, nodes)
             run.answers = False
-            for _ in range(2):
-                await asyncio.gather(*(run.visitor.progress(each) for each in names[:silent]))
-                run.now[0] += 10.0
-            assert [run.visitor.lost(each.uid) for each in names] == [lost] * silent + [False] * (runs - silent)
+            assert await visit(run, names[:silent], nodes[:silent]) == [lost] * silent
+
+    asyncio.run(story())
+
+
+def test_two_runs_on_a_node_that_is_cut_off_are_lost():
+    async def story():
+        async with opened() as run:
+            names, _ = runs(2)
+            run.answers = True
+            await visit(run, names, ["node-0", "node-0"])
+            run.answers = False
+            assert await visit(run, names, ["node-0", "node-0"]) == [True, True]
+            assert run.visitor.lost(names[0].uid) == "node-0"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("leaves", ["answers", "forgotten"])
+def test_after_our_own_network_failed_a_run_that_was_not_asked_again_is_not_lost(leaves: str):
+    async def story():
+        async with opened() as run:
+            names, nodes = runs(2)
+            run.answers = True
+            await visit(run, names, nodes)
+            run.answers = False
+            await visit(run, names, nodes)
+            if leaves == "answers":
+                run.answers = True
+                run.now[0] += 60.0
+                assert await run.visitor.progress(names[0], nodes[0])
+                run.answers = False
+            else:
+                run.visitor.forget(names[0].uid)
+            assert run.visitor.lost(names[1].uid) is None
+            run.now[0] += 60.0
+            await run.visitor.progress(names[1], nodes[1])
+            assert run.visitor.lost(names[1].uid) == nodes[1], "one that does not answer still is"
+
+    asyncio.run(story())
+
+
+def test_where_names_are_not_resolved_it_is_our_own_network(monkeypatch):
+    async def story():
+        async with opened() as run:
+            run.answers = True
+            await run.ask_every_second(1)
+
+            async def hang(*_: object, **__: object) -> None:
+                await asyncio.sleep(3600)
+
+            monkeypatch.setattr(run.visitor, "_url", "http://coordinator.invalid:1")
+            monkeypatch.setattr(run.visitor._session.connector, "_resolver", Mock(resolve=hang, close=AsyncMock()))
+            await run.ask_every_second(30)
+            assert run.visitor._silent
+            assert not run.lost()
 
     asyncio.run(story())
 

@@ -85,13 +85,18 @@ def test_of_an_evaluation_whose_options_were_changed_the_newer_result_counts(sum
     baselines = f"{real.checkpoints_uri}/baselines/b/eval"
     for name, age, value in (("0", 10, 0.375), ("1", 20, 0.125), ("2", 30, 0.0625)):
         scores = {"knn/f1_macro": Score(value=value)}
+        if age > 10:
+            scores["linear/f1_macro"] = Score(value=0.9)  # the newest leaves a protocol out
         for uri, request in ((path.parent.as_uri(), result.request), (baselines, asked)):
             text = result.model_copy(update={"scores": scores, "request": request}).to_json()
             storage.write(f"{uri}/planes-{name}.json", text.encode())
             then = path.stat().st_mtime + 60 - age
             os.utime(f"{uri.removeprefix('file://')}/planes-{name}.json", (then, then))
+    old = {"natural:planes-knn/f1_macro": Score(value=0.7), "natural:planes-linear/f1_macro": Score(value=0.9)}
+    put_summary(real.model_copy(update={"floors": old}), storage)
     found = survey(real.checkpoints_uri, storage)
     assert found.checkpoints[0].scores["planes-knn/f1_macro"].value == 0.375
+    assert "planes-linear/f1_macro" not in found.checkpoints[0].scores
     assert found.floors == {"natural:planes-knn/f1_macro": Score(value=0.375)}
     run = read_run(found, storage)
     assert run.results[0].result.scores["knn/f1_macro"].value == 0.375

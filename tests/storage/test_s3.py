@@ -8,6 +8,7 @@ import os
 import pickle
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -116,6 +117,14 @@ def test_a_listing_of_more_than_one_page_is_complete(s3):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: s3.storage.write(f"{s3.uri}/{n:04}", b""), range(1005)))
     assert [i.uri for i in s3.storage.list(s3.uri)] == [f"{s3.uri}/{n:04}" for n in range(1005)]
+
+
+def test_a_listing_says_when_an_object_was_written(s3):
+    before = time.time()
+    s3.storage.write(f"{s3.uri}/x", b"1")
+    (listed,) = s3.storage.list(s3.uri)
+    assert before - 1 <= listed.modified <= time.time() + 1, "S3 tells whole seconds"
+    assert s3.storage.stat(f"{s3.uri}/x").modified == pytest.approx(listed.modified, abs=1)
 
 
 def test_deleting_is_final_and_deleting_nothing_is_no_error(s3):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import hmac
+import ipaddress
 import time
 from collections.abc import Callable
-from types import TracebackType
+from dataclasses import dataclass
+from types import SimpleNamespace, TracebackType
 from typing import Self
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -21,10 +24,46 @@ DEFAULT_URL = "http://{service}.{namespace}.svc:8080"
 _SECONDS = 3.0
 _LONGEST_WAIT_SECONDS = 60.0
 _AGAIN_SECONDS = 30.0
-_UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT)
-_LOST_SECONDS = 10.0
+_UNREACHABLE = (errno.EHOSTUNREACH, errno.ETIMEDOUT)
+_LOST_SECONDS = 7.0
+"""Between the starts of the first and the last visit in vain. With the time of the last one, about ten of silence."""
 _LOST_PART = 10
 _MOST_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class _Silence:
+    """Visits in vain, one after the other."""
+
+    since: float
+    """When the first one began."""
+    asked: float
+    """When the last one began."""
+    until: float
+    """Until when the run is left alone."""
+
+
+@dataclass
+class _Visit:
+    named: bool = False
+    """Whether the name of the coordinator was resolved, or is an address."""
+
+
+def _tracing_names() -> aiohttp.TraceConfig:
+    async def named(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+        context.trace_request_ctx.named = True
+
+    traced = aiohttp.TraceConfig()
+    traced.on_dns_resolvehost_end.append(named)
+    return traced
+
+
+def _is_address(url: str) -> bool:
+    try:
+        ipaddress.ip_address(urlsplit(url).hostname or "")
+    except ValueError:
+        return False
+    return True
 
 
 def token_of(key: bytes, uid: str) -> str:
@@ -53,14 +92,17 @@ class Coordinators:
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
         self._key, self._url, self._steady = key, url, steady
-        self._silent: dict[tuple[str, str], tuple[float, float]] = {}  # since when, and until when it is left alone
+        self._silent: dict[tuple[str, str], _Silence] = {}
         self._heard: dict[str, tuple[str, float]] = {}  # by uid: the newest request that was heard, and when
-        self._known: set[str] = set()  # who told its progress
+        self._known: dict[str, str] = {}  # by uid, of who told its progress: the node of its coordinator
+        self._doubted = float("-inf")  # when our own network was last at fault
         # A coordinator is inside the cluster: a proxy of the environment must neither be asked nor see the token.
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=seconds),
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            # Without its cache each visit resolves the name for itself, so that its end tells whether it could.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True, use_dns_cache=False),
             trust_env=False,
+            trace_configs=[_tracing_names()],
         )
 
     async def __aenter__(self) -> Self:
@@ -75,12 +117,15 @@ class Coordinators:
         """What the coordinator of a job compares tokens with."""
         return token_digest(token_of(self._key, uid))
 
-    async def progress(self, names: Names) -> Progress | None:
-        """What a run says; None where nobody answers in time, or what makes no sense, or it is left alone for now."""
+    async def progress(self, names: Names, node: str = "") -> Progress | None:
+        """What a run says; None where nobody answers in time, or what makes no sense, or it is left alone for now.
+
+        `node` names the machine of its coordinator.
+        """
         body = await self._patiently(names, "/progress")
         if body is None:
             return None
-        self._known.add(names.uid)
+        self._known[names.uid] = node
         try:
             return Progress.from_json(body, show_values=False)
         except ContractError:
@@ -107,45 +152,57 @@ class Coordinators:
         """Id of the newest request that the coordinator of a run took; empty where none is known."""
         return self._heard.get(uid, ("", 0.0))[0]
 
-    def lost(self, uid: str) -> bool:
-        """Whether a run that told its progress has not answered a visit for ten seconds, as if its node were cut off.
+    def lost(self, uid: str) -> str | None:
+        """The node of a coordinator that told its progress and is silent since, as if the node were cut off, or None.
 
-        Where more than one run and more than a tenth are silent, it is our own network that fails: none is lost.
+        Visits decide, not the time between them. Where those to more than one node and more than a tenth of them fail
+        at once, or names are not resolved, it is our own network that is at fault: silence before that does not count.
         """
-        now = self._steady()
-        since, _ = self._silent.get((uid, "/progress"), (now, now))
-        if uid not in self._known or now - since < _LOST_SECONDS:
-            return False
-        silent = sum((known, "/progress") in self._silent for known in self._known)
-        return silent <= max(1, len(self._known) // _LOST_PART)
+        silence = self._silent.get((uid, "/progress"))
+        if uid not in self._known or silence is None:
+            return None
+        proven = silence.asked - max(silence.since, self._doubted)
+        return self._known[uid] if proven >= _LOST_SECONDS else None
+
+    def _doubt(self, *, named: bool, now: float) -> None:
+        """Note whether it is our own network that is at fault, after a visit in vain."""
+        silent = {node for uid, node in self._known.items() if (uid, "/progress") in self._silent}
+        if not named or len(silent) > max(1, len(set(self._known.values())) // _LOST_PART):
+            self._doubted = now
 
     def forget(self, uid: str) -> None:
         """Forget what a run said and heard: it is gone, or its coordinator is another one."""
         self._heard.pop(uid, None)
-        self._known.discard(uid)
+        self._known.pop(uid, None)
         for path in ("/progress", "/request"):
             self._silent.pop((uid, path), None)
 
     async def _patiently(self, names: Names, path: str, body: bytes | None = None) -> bytes | None:
         """A visit, unless the run was silent there and is left alone for now."""
         key, now = (names.uid, path), self._steady()
-        since, until = self._silent.get(key, (now, now))
-        if now < until:
+        silence = self._silent.get(key)
+        if silence is not None and now < silence.until:
             return None
+        visit = _Visit()
         try:
-            found = await self._visit(names, path, body)
+            found = await self._visit(names, path, body, visit)
         except TimeoutError:
-            self._silent[key] = (since, now + min(_LONGEST_WAIT_SECONDS, now - since))
+            since = silence.since if silence is not None else now
+            self._silent[key] = _Silence(since, asked=now, until=now + min(_LONGEST_WAIT_SECONDS, now - since))
+            self._doubt(named=visit.named, now=now)
             return None
         self._silent.pop(key, None)
         return found
 
-    async def _visit(self, names: Names, path: str, body: bytes | None = None) -> bytes | None:
+    async def _visit(self, names: Names, path: str, body: bytes | None, visit: _Visit) -> bytes | None:
         url = self._url.format(service=names.coordinator, namespace=names.key.namespace, job=names.key.name) + path
+        visit.named = _is_address(url)
         headers = {"Authorization": f"Bearer {token_of(self._key, names.uid)}", "Content-Type": "application/json"}
         try:
             method = "POST" if body is not None else "GET"
-            async with self._session.request(method, url, data=body, headers=headers, allow_redirects=False) as answer:
+            async with self._session.request(
+                method, url, data=body, headers=headers, allow_redirects=False, trace_request_ctx=visit
+            ) as answer:
                 if answer.status not in (200, 202):
                     return None
                 found = await answer.content.read(_MOST_BYTES + 1)

@@ -82,7 +82,7 @@ class ClusterPort:
         ready = bool(deployed and (deployed.get("status") or {}).get("readyReplicas"))
         if not ready:
             self._coordinators.forget(job.names.uid)
-        progress = await self._coordinators.progress(job.names) if ready else None
+        progress = await self._coordinators.progress(job.names, self._node(job.names)) if ready else None
         said = believable(progress, job) if progress else None
         uid = job.names.uid
         return Observed(
@@ -182,8 +182,8 @@ class ClusterPort:
         if not decided.status.terminal:
             await self._apply_all(job, desired.standing_objects(job))
         await self._release(job.names, decided, training_wanted(decided.status), now)
-        if any(child.kind == "coordinator" for child in decided.children) and self._coordinators.lost(job.names.uid):
-            await self._replace_coordinator(job.names, decided, now)
+        if any(child.kind == "coordinator" for child in decided.children):
+            await self._replace_lost_coordinator(job.names, decided, now)
         await self._start(job, decided)
         self._refused.pop(job.names.uid, None)
         await self._posting.post(job.names, decided.events, now, decided.status.attempt)
@@ -289,17 +289,37 @@ class ClusterPort:
             elif doomed and _active(pod) and not pod["metadata"].get("deletionTimestamp"):
                 await self._delete(PODS, pod, grace_seconds=1)
 
-    async def _replace_coordinator(self, names: Names, decided: Plan, now: float) -> None:
+    async def _replace_lost_coordinator(self, names: Names, decided: Plan, now: float) -> None:
         """Take away the pod of a coordinator that is lost; its Deployment makes another one at once.
 
         The cluster would do so too, once it holds the node for lost: by default after most of a minute.
         """
+        node = self._coordinators.lost(names.uid)
+        if node is None:
+            return
+        lost = [pod for pod in self._coordinator_pods(names) if _node_of(pod) == node]
+        for pod in lost:
+            await self._delete(PODS, pod)
         self._coordinators.forget(names.uid)
-        for pod in self._store.owned(names).pods:
-            if _label(pod, LABEL_PART) == "coordinator" and not pod["metadata"].get("deletionTimestamp"):
-                await self._delete(PODS, pod)
-        event = Event("CoordinatorLost", "the coordinator does not answer any more, and is replaced", warning=True)
-        await self._posting.post(names, (event,), now, decided.status.attempt)
+        if lost:
+            event = Event("CoordinatorLost", "the coordinator does not answer any more, and is replaced", warning=True)
+            await self._posting.post(names, (event,), now, decided.status.attempt)
+
+    def _node(self, names: Names) -> str:
+        """The machine of the coordinator; empty where it has none, or more than one."""
+        nodes = {_node_of(pod) for pod in self._coordinator_pods(names)}
+        return nodes.pop() if len(nodes) == 1 else ""
+
+    def _coordinator_pods(self, names: Names) -> list[Mapping[str, Any]]:
+        """The pods of the coordinator that are not on their way out."""
+        pods = self._store.of_job(names, PODS.name)
+        return [
+            pod
+            for pod in pods
+            if _label(pod, LABEL_PART) == "coordinator"
+            and _active(pod)
+            and not pod["metadata"].get("deletionTimestamp")
+        ]
 
     async def _release_workers(self, found: Mapping[str, Any], current: int, training: bool) -> None:
         label = _label(found, LABEL_ATTEMPT)
@@ -373,6 +393,10 @@ def _version(manifest: Mapping[str, Any]) -> str:
 
 def _label(manifest: Mapping[str, Any], label: str) -> str:
     return str((manifest["metadata"].get("labels") or {}).get(label, ""))
+
+
+def _node_of(pod: Mapping[str, Any]) -> str:
+    return str((pod.get("spec") or {}).get("nodeName") or "")
 
 
 def _over(job: Mapping[str, Any]) -> bool:

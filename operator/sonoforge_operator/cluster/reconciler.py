@@ -159,10 +159,12 @@ class Reconciler:
             job = resolve(manifest, self._store, self._coordinators, self._site)
             observed = await self._port.observe(job, now)
         except RejectedError as error:
+            self._coordinators.forget(uid)  # it is not visited any more, so nothing is known of it
             async with self._turn(timed):
                 await self._port.reject(manifest, rejected_document(manifest, error.reason, error.message, now))
             return _LOOK_AGAIN_SECONDS
         except UnreadableRecordError:
+            self._coordinators.forget(uid)
             async with self._turn(timed):
                 await self._port.reject(manifest, rejected_document(manifest, "RecordUnreadable", _UNREADABLE, now))
             return _RETIRE_SECONDS  # what repairs it is a change of the status, which wakes nobody

@@ -24,6 +24,7 @@ from sonoforge_trainer.contract import (
     Score,
     is_validation_score,
     selection_score,
+    split_score,
 )
 from sonoforge_trainer.storage import ObjectInfo, ObjectNotFoundError, Storage, StorageError
 
@@ -135,14 +136,16 @@ def survey(uri: str, storage: Storage, *, best_by: str | None = None) -> RunSumm
     written = _written_summary(uri, storage)
     known = {c.ref.id: c for c in written.checkpoints} if written else {}
     checkpoints = tuple(_with_results(one, known.get(one.ref.id), storage) for one in seen)
+    measured = baseline_results(uri, storage)
     floors = {
         f"{name}:{score}": value
-        for name, measured in baseline_results(uri, storage)
-        for score, value in measured.scores.items()
+        for name, one in measured
+        for score, value in one.scores.items()
         if not is_validation_score(score)
     }
     if written is not None:
-        floors |= written.floors
+        again = {(name, one.evaluation) for name, one in measured}
+        floors = {key: score for key, score in written.floors.items() if _floor_of(key) not in again} | floors
         return written.model_copy(update={"checkpoints": checkpoints, "checkpoints_uri": uri, "floors": floors})
     return RunSummary(
         job=seen[-1].job or uri.rpartition("/")[2],
@@ -264,13 +267,19 @@ def _result(uri: str, storage: Storage) -> EvaluationResult | None:
 def _with_results(seen: _Seen, known: CheckpointSummary | None, storage: Storage) -> CheckpointSummary:
     if known is not None and _names(known.results) >= _names(seen.results):
         return known.model_copy(update={"ref": seen.ref, "results": seen.results})
-    scores = {} if known is None else dict(known.scores)
-    for uri in seen.results:
-        result = _result(uri, storage)
-        if result is not None:
-            scores |= {f"{result.request.evaluation.name}-{name}": score for name, score in result.scores.items()}
+    results = {r.request.evaluation.name: r for uri in seen.results if (r := _result(uri, storage)) is not None}
+    kept = {} if known is None else known.scores
+    scores = {name: score for name, score in kept.items() if split_score(name)[0] not in results}
+    for evaluation, result in results.items():
+        scores |= {f"{evaluation}-{name}": score for name, score in result.scores.items()}
     base = known or CheckpointSummary(ref=seen.ref)
     return base.model_copy(update={"ref": seen.ref, "scores": scores, "results": seen.results})
+
+
+def _floor_of(key: str) -> tuple[str, str]:
+    """(baseline, evaluation) of a floor's score, as a summary names it."""
+    name, _, score = key.partition(":")
+    return name, split_score(score)[0]
 
 
 def _names(uris: Iterable[str]) -> set[str]:

@@ -29,7 +29,7 @@ class ObjectInfo:
     etag: str
     """Changes when the content changes; without quotes. Not a digest one can rely on."""
     modified: float = 0.0
-    """Unix time of the last write by the storage's clock, S3's in whole seconds. 0 for one that was just written."""
+    """Unix time of the last write by the storage's clock, S3's in whole seconds. 0 where an answer does not say it."""
 
 
 @dataclass
