@@ -53,11 +53,11 @@ cluster-programs: $(VENV)/ready ## Build the programs of the test cluster where 
 
 .PHONY: cluster-packages
 cluster-packages: $(VENV)/ready ## Install what real nodes need (containerd, runc, ...), on Debian as root; nothing elsewhere
-	@$(BIN)/python tests/cluster/packages.py
+	@$(BIN)/python tests/cluster/packages.py --nodes
 
 .PHONY: test-packages
-test-packages: $(VENV)/ready ## The same, and Chromium for the tests of the page
-	@$(BIN)/python tests/cluster/packages.py --browser
+test-packages: $(VENV)/ready ## Install what make test skips tests without (Chromium, iptables), on Debian as root; nothing elsewhere
+	@$(BIN)/python tests/cluster/packages.py
 
 .PHONY: cluster
 cluster: $(VENV)/ready ## A Kubernetes control plane with played nodes to try things on; prints the KUBECONFIG line

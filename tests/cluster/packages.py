@@ -1,9 +1,9 @@
-"""What real nodes need of this machine: root, and a few Debian packages.
+"""What tests need of this machine: a few Debian packages, and for real nodes root.
 
-    python tests/cluster/packages.py [--browser]
+    python tests/cluster/packages.py [--nodes]
 
-installs them, and a browser for the tests of the page, where that is possible, which is on Debian as root, and says
-nothing elsewhere: the tests that need them say then what is missing.
+installs them where that is possible, which is on Debian as root, and says nothing elsewhere: the tests that need them
+say then what is missing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 PROGRAMS = {
@@ -26,7 +26,14 @@ PROGRAMS = {
     "nsenter": "util-linux",
     "runc": "runc",
 }
-"""Packages of Debian, by the program that is wanted of them."""
+"""Packages of Debian for real nodes, by the program that is wanted of them."""
+_FOR_ALL_TESTS = {
+    "chromium": "chromium",
+    "ip": "iproute2",
+    "iptables": "iptables",
+    "nsenter": "util-linux",
+}
+"""Those without which `make test` skips something: tests of the page, and policies that are enforced."""
 CNI = Path("/usr/lib/cni")
 """Where `containernetworking-plugins` puts its programs."""
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -41,7 +48,7 @@ def missing() -> str:
         return "real nodes need root: they make network namespaces and run containers"
     if not _may_make_namespaces():
         return "real nodes need the right to make network namespaces, as in a privileged container"
-    wanted = _wanted()
+    wanted = _wanted_of_nodes()
     return f"real nodes need these Debian packages, see `make cluster-packages`: {', '.join(wanted)}" if wanted else ""
 
 
@@ -62,14 +69,16 @@ def _may_make_namespaces() -> bool:
     )
 
 
-def _wanted() -> list[str]:
-    wanted = [package for program, package in PROGRAMS.items() if not shutil.which(program, path=SEARCH_PATH)]
-    return wanted + ([] if (CNI / "ptp").exists() else ["containernetworking-plugins"])
+def _wanted(packages: Mapping[str, str]) -> list[str]:
+    return [package for program, package in packages.items() if not shutil.which(program, path=SEARCH_PATH)]
 
 
-def install(*, browser: bool = False) -> None:
-    """Install what is missing, on Debian as root; `browser` adds Chromium, which tests of the page run in."""
-    wanted = _wanted() + (["chromium"] if browser and not shutil.which("chromium", path=SEARCH_PATH) else [])
+def _wanted_of_nodes() -> list[str]:
+    return _wanted(PROGRAMS) + ([] if (CNI / "ptp").exists() else ["containernetworking-plugins"])
+
+
+def install(wanted: list[str]) -> None:
+    """Install packages, on Debian as root."""
     if not wanted or os.geteuid() != 0 or not shutil.which("apt-get", path=SEARCH_PATH):
         return
     print(f"installing Debian packages that tests need: {', '.join(wanted)}", file=sys.stderr, flush=True)
@@ -84,4 +93,4 @@ def install(*, browser: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    install(browser="--browser" in sys.argv[1:])
+    install(_wanted_of_nodes() if sys.argv[1:] == ["--nodes"] else _wanted(_FOR_ALL_TESTS))

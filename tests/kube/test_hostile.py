@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from objects import documents, ended, file, pod, worker_job
 
 from sonoforge_operator.api import JobFile
-from sonoforge_operator.cluster.coordinators import Coordinators
+from sonoforge_operator.cluster.coordinators import Coordinators, believable
 from sonoforge_operator.cluster.desired import ClusterJob
 from sonoforge_operator.cluster.facts import Objects, facts
 from sonoforge_operator.cluster.handlers import Wiring
 from sonoforge_operator.cluster.jobs import RejectedError, Site, resolve
 from sonoforge_operator.cluster.names import Key, Names
-from sonoforge_operator.cluster.port import believable
 from sonoforge_operator.cluster.projection import checkpoint_document, job_document, rejected_document
 from sonoforge_operator.cluster.reconciler import finished_at, time_to_live
 from sonoforge_operator.cluster.record import UnreadableRecordError, recall, remember

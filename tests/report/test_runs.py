@@ -100,9 +100,7 @@ def test_of_an_evaluation_whose_options_were_changed_the_newer_result_counts(sum
     assert found.floors == {"natural:planes-knn/f1_macro": Score(value=0.375)}
     run = read_run(found, storage)
     assert run.results[0].result.scores["knn/f1_macro"].value == 0.375
-    assert [(one.checkpoint.ref.step, one.evaluation) for one in run.results] == [
-        *((step, "planes") for step in (0, 10, 20)),
-    ]
+    assert [one.checkpoint.ref.step for one in run.results] == [0, 10, 20], "one result each"
     assert [one.result.scores["knn/f1_macro"].value for _, one in run.baselines] == [0.375]
 
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from sonoforge_operator.cluster.desired import ClusterJob
 from sonoforge_operator.cluster.names import Names
 from sonoforge_trainer.contract import ContractError, Progress, Request
 
@@ -25,10 +26,13 @@ _SECONDS = 3.0
 _LONGEST_WAIT_SECONDS = 60.0
 _AGAIN_SECONDS = 30.0
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ETIMEDOUT)
+"""What a connection ends with where nobody has the address any more: silence, told early."""
 _LOST_SECONDS = 7.0
 """Between the starts of the first and the last visit in vain. With the time of the last one, about ten of silence."""
 _LOST_PART = 10
+"""At most one part in so many of the nodes may be silent at once; of fewer nodes, one."""
 _MOST_BYTES = 4 * 2**20
+_MOST_CHECKPOINTS, _LONGEST_URI = 10_000, 1024
 
 
 @dataclass(frozen=True)
@@ -212,8 +216,23 @@ class Coordinators:
             raise
         except aiohttp.ClientConnectorError as error:
             if error.os_error.errno in _UNREACHABLE:
-                raise TimeoutError from None  # a router said so, or nobody has its address any more
+                raise TimeoutError from None
             return None
         except (aiohttp.ClientError, OSError, ValueError):
             return None
         return found if len(found) <= _MOST_BYTES else None
+
+
+def believable(progress: Progress, job: ClusterJob) -> Progress:
+    """What a coordinator says, without checkpoints that cannot be this job's."""
+    spec = job.file.job.spec
+    place = spec.checkpoints.uri.rstrip("/") + "/"
+
+    def ours(uri: str) -> bool:
+        return uri.startswith(place) and len(uri) <= _LONGEST_URI
+
+    refs = [ref for ref in progress.checkpoints if ours(ref.uri) and 0 <= ref.step <= spec.training.recipe.steps]
+    damaged = [uri for uri in progress.quarantined if ours(uri)]
+    return progress.model_copy(
+        update={"checkpoints": tuple(refs[:_MOST_CHECKPOINTS]), "quarantined": tuple(damaged[:_MOST_CHECKPOINTS])}
+    )

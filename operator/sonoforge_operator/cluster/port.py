@@ -28,7 +28,7 @@ from sonoforge_operator.cluster.api_client import (
     Manifest,
     NotFoundError,
 )
-from sonoforge_operator.cluster.coordinators import Coordinators
+from sonoforge_operator.cluster.coordinators import Coordinators, believable
 from sonoforge_operator.cluster.desired import ClusterJob, digest_of, owner_reference
 from sonoforge_operator.cluster.facts import facts, unanswered
 from sonoforge_operator.cluster.names import LABEL_ATTEMPT, LABEL_CHILD, LABEL_PART, Names
@@ -38,7 +38,7 @@ from sonoforge_operator.cluster.record import recall, weighty
 from sonoforge_operator.cluster.store import Store, key_of
 from sonoforge_operator.observed import Child, Event, Observed, Plan
 from sonoforge_operator.status import CheckpointStatus, JobStatus
-from sonoforge_trainer.contract import Progress, Request, canonical_json
+from sonoforge_trainer.contract import Request, canonical_json
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +48,6 @@ _IDLE_NUMBERS_SECONDS = 120.0
 """And while there is none, only the time that is lost."""
 _MOST_SENT = 100_000
 _NO_ATTEMPT = 0
-_MOST_CHECKPOINTS, _LONGEST_URI = 10_000, 1024
 
 
 @dataclass
@@ -297,7 +296,7 @@ class ClusterPort:
         node = self._coordinators.lost(names.uid)
         if node is None:
             return
-        lost = [pod for pod in self._coordinator_pods(names) if _node_of(pod) == node]
+        lost = [pod for pod in self._coordinators_of(names) if _node_of(pod) == node]
         for pod in lost:
             await self._delete(PODS, pod)
         self._coordinators.forget(names.uid)
@@ -307,19 +306,13 @@ class ClusterPort:
 
     def _node(self, names: Names) -> str:
         """The machine of the coordinator; empty where it has none, or more than one."""
-        nodes = {_node_of(pod) for pod in self._coordinator_pods(names)}
+        nodes = {_node_of(pod) for pod in self._coordinators_of(names)}
         return nodes.pop() if len(nodes) == 1 else ""
 
-    def _coordinator_pods(self, names: Names) -> list[Mapping[str, Any]]:
+    def _coordinators_of(self, names: Names) -> list[Mapping[str, Any]]:
         """The pods of the coordinator that are not on their way out."""
-        pods = self._store.of_job(names, PODS.name)
-        return [
-            pod
-            for pod in pods
-            if _label(pod, LABEL_PART) == "coordinator"
-            and _active(pod)
-            and not pod["metadata"].get("deletionTimestamp")
-        ]
+        pods = [pod for pod in self._store.of_job(names, PODS.name) if _label(pod, LABEL_PART) == "coordinator"]
+        return [pod for pod in pods if _active(pod) and not pod["metadata"].get("deletionTimestamp")]
 
     async def _release_workers(self, found: Mapping[str, Any], current: int, training: bool) -> None:
         label = _label(found, LABEL_ATTEMPT)
@@ -363,21 +356,6 @@ class ClusterPort:
         if manifest is None or manifest["metadata"].get("uid") != job.names.uid:
             raise NotFoundError(404, "NotFound", f"the PretrainJob {key} is gone")
         return manifest
-
-
-def believable(progress: Progress, job: ClusterJob) -> Progress:
-    """What a coordinator says, without checkpoints that cannot be this job's."""
-    spec = job.file.job.spec
-    place = spec.checkpoints.uri.rstrip("/") + "/"
-
-    def ours(uri: str) -> bool:
-        return uri.startswith(place) and len(uri) <= _LONGEST_URI
-
-    refs = [ref for ref in progress.checkpoints if ours(ref.uri) and 0 <= ref.step <= spec.training.recipe.steps]
-    damaged = [uri for uri in progress.quarantined if ours(uri)]
-    return progress.model_copy(
-        update={"checkpoints": tuple(refs[:_MOST_CHECKPOINTS]), "quarantined": tuple(damaged[:_MOST_CHECKPOINTS])}
-    )
 
 
 async def _together(calls: Iterable[Awaitable[None]]) -> None:
