@@ -32,6 +32,7 @@ from sonoforge_operator.cluster.port import ClusterPort
 from sonoforge_operator.cluster.queue import Queue
 from sonoforge_operator.cluster.reconciler import Reconciler
 from sonoforge_operator.cluster.store import Store, key_of
+from sonoforge_operator.cluster.watches import watch
 
 log = structlog.get_logger(__name__)
 
@@ -279,8 +280,8 @@ async def _work(options: Options, state: _State, wiring: Wiring, told: asyncio.E
     namespaces = {*options.namespaces, options.own_namespace} if options.namespaces else ()
     passes = [state.queue.work(state.reconciler.reconcile) for _ in range(_PASSES)]
     own = [asyncio.ensure_future(task) for task in (freshness.keep(_COMPARE_SECONDS), *passes)]
-    others = asyncio.all_tasks()  # all that kopf must not take for its own, and cancel, when it ends
-    watches = await kopf.spawn_tasks(
+    others = asyncio.all_tasks()
+    roots = await kopf.spawn_tasks(
         registry=registry,
         settings=settings(options.watch_silence_seconds),
         standalone=True,
@@ -289,7 +290,7 @@ async def _work(options: Options, state: _State, wiring: Wiring, told: asyncio.E
     )
     _listen(told)  # kopf took the signals for itself, and would end without a word to the rest
     try:
-        await _first(kopf.run_tasks(watches, ignored=others), *own)
+        await _first(watch(roots, others), *own)
     except Exception as error:
         raise WatchesEndedError(type(error).__name__) from error
     raise WatchesEndedError("nothing")
