@@ -27,6 +27,9 @@ class Run:
     now: list[float]
     visits: list[float] = field(default_factory=list)
     answers: bool = False
+    refuses: bool = False
+    taken: list[Request] = field(default_factory=list)
+    """Requests that it took."""
 
     def lost(self) -> bool:
         return self.visitor.lost(NAMES.uid) is not None
@@ -48,8 +51,13 @@ async def opened() -> AsyncIterator[Run]:
         served.add(asyncio.current_task())
         run.visits.append(now[0])
         if run.answers:
-            body = Progress().to_json().encode()
-            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            head = await reader.readuntil(b"\r\n\r\n")
+            if head.startswith(b"POST") and not run.refuses:
+                size = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                run.taken.append(Request.from_json(await reader.readexactly(size)))
+            status, body = b"503 Not Yet" if run.refuses else b"200 OK", Progress().to_json().encode()
+            writer.write(b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (status, len(body)))
+            writer.write(body)
         else:
             await reader.read()
         writer.close()
@@ -132,6 +140,42 @@ def test_a_coordinator_that_was_replaced_is_asked_at_once():
             run.answers = True
             run.visitor.forget(NAMES.uid)
             assert await run.ask_every_second(1) == [Progress()]
+
+    asyncio.run(story())
+
+
+def test_a_new_coordinator_is_told_who_was_lost_with_the_one_before_until_it_takes_it():
+    async def story():
+        async with opened() as run:
+            run.visitor.replaced(NAMES.uid, {"worker-2": "10.0.0.2", "worker-3": "10.0.0.3"})
+            await run.visitor.tell_lost(NAMES)  # nobody is there
+            run.answers = run.refuses = True
+            await run.visitor.tell_lost(NAMES)  # the survivors have not joined yet
+            assert run.taken == []
+            run.refuses = False
+            for _ in range(3):
+                await run.visitor.tell_lost(NAMES)
+            assert [(told.kind, told.node, told.id) for told in run.taken] == [
+                ("lost", "10.0.0.2", "worker-2"),
+                ("lost", "10.0.0.3", "worker-3"),
+            ]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("late", ["after a minute", "when all is forgotten"])
+def test_a_coordinator_is_not_told_of_losses_that_are_long_past(late: str):
+    async def story():
+        async with opened() as run:
+            run.visitor.replaced(NAMES.uid, {"worker-2": "10.0.0.2"})
+            if late == "after a minute":
+                run.now[0] += 60.0
+                await run.visitor.tell_lost(NAMES)
+            else:
+                run.visitor.forget(NAMES.uid)
+            run.answers = True
+            await run.visitor.tell_lost(NAMES)
+            assert run.taken == []
 
     asyncio.run(story())
 

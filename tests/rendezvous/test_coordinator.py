@@ -32,6 +32,7 @@ def test_the_door_is_shut_without_the_token_and_strict_with_it(machines):
     assert machines.ask("/request", b"\x80\x04\x95")[0] == 422
     assert machines.ask("/request", {"kind": "lost"})[0] == 422
     assert machines.ask("/request", b" " * 16385)[0] == 413
+    assert machines.ask("/request", {"kind": "lost", "node": "10.0.0.1"})[0] == 503, "nobody has joined yet"
 
     assert machines.ask("/request", SAVE) == (202, {"id": "save-1", "accepted": True})
     assert machines.ask("/request", SAVE) == (202, {"id": "save-1", "accepted": False})

@@ -169,6 +169,12 @@ def test_the_coordinator_drops_a_lost_address_and_only_that(link):
     assert left.wait_list == set()
 
 
+def test_a_store_that_nobody_joined_takes_no_loss(link):
+    """Who seeds it may yet put the lost node back, so it has to be told again."""
+    with pytest.raises(RendezvousStateError, match="no node has joined yet"):
+        drop_address(link, SECOND.addr)
+
+
 def test_the_last_participant_that_goes_opens_the_next_round():
     state = complete(FIRST)
     drop(state, [FIRST])

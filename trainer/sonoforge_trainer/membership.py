@@ -134,17 +134,20 @@ def drop_address(link: StoreLink, address: str) -> int:
     """Take the nodes at an address out of the newest attempt, so that its survivors form anew at once.
 
     Returns how many there were. A node that is dropped though it lives sees that and joins again. Raises
-    StoreUnavailableError and RendezvousStateError.
+    StoreUnavailableError, and RendezvousStateError, also where nobody has joined yet: in the store of a new coordinator
+    the survivors first put what they know, with those that are gone.
     """
     key = membership_key(link.get(ATTEMPT_KEY).decode())
-    while raw := link.get(key):
+    while True:
+        raw = link.get(key)
+        if not raw:
+            raise RendezvousStateError("no node has joined yet")
         state = decode(raw)
         gone = [node for node in state.last_heartbeats if node.addr == address]
         drop(state, gone)
         changed = encode(state)
         if not gone or link.swap(key, raw, changed) == changed.encode():
             return len(gone)
-    return 0
 
 
 class MembershipHolder(_RendezvousStateHolder):

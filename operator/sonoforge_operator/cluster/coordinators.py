@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import ipaddress
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace, TracebackType
 from typing import Self
@@ -31,6 +31,8 @@ _LOST_SECONDS = 7.0
 """Between the starts of the first and the last visit in vain. With the time of the last one, about ten of silence."""
 _LOST_PART = 10
 """At most one part in so many of the nodes may be silent at once; of fewer nodes, one."""
+_TELL_SECONDS = 60.0
+"""For how long a new coordinator is told who was lost with the one before."""
 _MOST_BYTES = 4 * 2**20
 _MOST_CHECKPOINTS, _LONGEST_URI = 10_000, 1024
 
@@ -99,6 +101,9 @@ class Coordinators:
         self._silent: dict[tuple[str, str], _Silence] = {}
         self._heard: dict[str, tuple[str, float]] = {}  # by uid: the newest request that was heard, and when
         self._known: dict[str, str] = {}  # by uid, of who told its progress: the node of its coordinator
+        self._untold: dict[
+            str, tuple[list[Request], float]
+        ] = {}  # by uid: what the next coordinator is told, and until when
         self._doubted = float("-inf")  # when our own network was last at fault
         # A coordinator is inside the cluster: a proxy of the environment must neither be asked nor see the token.
         self._session = aiohttp.ClientSession(
@@ -174,8 +179,27 @@ class Coordinators:
         if not named or len(silent) > max(1, len(set(self._known.values())) // _LOST_PART):
             self._doubted = now
 
+    def replaced(self, uid: str, lost: Mapping[str, str]) -> None:
+        """The coordinator of a run was lost, and with it the nodes at these addresses, each under an id.
+
+        Its successor begins with what the survivors know, and would wait for the heartbeats of those nodes.
+        """
+        self.forget(uid)
+        told = [Request(kind="lost", node=address, id=id_) for id_, address in lost.items()]
+        self._untold[uid] = (told, self._steady() + _TELL_SECONDS)
+
+    async def tell_lost(self, names: Names) -> None:
+        """Tell a coordinator who was lost with the one before, until it hears."""
+        told, until = self._untold.get(names.uid, ([], 0.0))
+        left = [request for request in told if not await self.ask(names, request)]
+        if left and self._steady() < until:
+            self._untold[names.uid] = (left, until)
+        else:
+            self._untold.pop(names.uid, None)
+
     def forget(self, uid: str) -> None:
         """Forget what a run said and heard: it is gone, or its coordinator is another one."""
+        self._untold.pop(uid, None)
         self._heard.pop(uid, None)
         self._known.pop(uid, None)
         for path in ("/progress", "/request"):

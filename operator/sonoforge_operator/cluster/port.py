@@ -32,6 +32,7 @@ from sonoforge_operator.cluster.coordinators import Coordinators, believable
 from sonoforge_operator.cluster.desired import ClusterJob, digest_of, owner_reference
 from sonoforge_operator.cluster.facts import facts, unanswered
 from sonoforge_operator.cluster.names import LABEL_ATTEMPT, LABEL_CHILD, LABEL_PART, Names
+from sonoforge_operator.cluster.objects import address_of, is_active, is_done, is_over, label_of, node_of
 from sonoforge_operator.cluster.posting import Posting
 from sonoforge_operator.cluster.projection import checkpoint_document, job_document
 from sonoforge_operator.cluster.record import recall, weighty
@@ -191,6 +192,7 @@ class ClusterPort:
 
     async def send(self, job: ClusterJob, decided: Plan) -> None:
         """Pass the requests of a plan that was recorded on. A run that does not listen costs the time of a visit."""
+        await self._coordinators.tell_lost(job.names)
         for request in decided.requests:
             await self._send(job, request)
 
@@ -206,7 +208,7 @@ class ClusterPort:
         self.forget(names.uid)
         await self._release(names, Plan(children=(), status=JobStatus(attempt=_NO_ATTEMPT)), False, now)
         objects = self._store.owned(names)
-        return not objects.deployments and not any(_active(pod) for pod in objects.pods)
+        return not objects.deployments and not any(is_active(pod) for pod in objects.pods)
 
     async def expire(self, names: Names) -> None:
         """Delete a job that ended long enough ago; what it owns goes with it."""
@@ -271,9 +273,9 @@ class ClusterPort:
         for found in objects.jobs:
             if found["metadata"].get("deletionTimestamp"):
                 continue
-            if _label(found, LABEL_PART) == "worker":
+            if label_of(found, LABEL_PART) == "worker":
                 await self._release_workers(found, status.attempt, training)
-            elif _label(found, LABEL_CHILD) not in wanted and not _over(found) and not _done(found, objects.pods):
+            elif label_of(found, LABEL_CHILD) not in wanted and not is_over(found) and not is_done(found, objects.pods):
                 await self._delete(BATCH_JOBS, found)
         if not any(child.kind == "coordinator" for child in decided.children):
             for found in objects.deployments:
@@ -282,10 +284,10 @@ class ClusterPort:
         attempts = {attempt_of(name) for name in decided.kill}
         for pod in objects.pods:
             # A node that cannot be reached never says that its pods ended; one that failed gets no time to save.
-            doomed = _label(pod, LABEL_ATTEMPT).isdigit() and int(_label(pod, LABEL_ATTEMPT)) in attempts
+            doomed = label_of(pod, LABEL_ATTEMPT).isdigit() and int(label_of(pod, LABEL_ATTEMPT)) in attempts
             if unanswered(pod, now):
                 await self._delete(PODS, pod, grace_seconds=0)
-            elif doomed and _active(pod) and not pod["metadata"].get("deletionTimestamp"):
+            elif doomed and is_active(pod) and not pod["metadata"].get("deletionTimestamp"):
                 await self._delete(PODS, pod, grace_seconds=1)
 
     async def _replace_lost_coordinator(self, names: Names, decided: Plan, now: float) -> None:
@@ -296,32 +298,34 @@ class ClusterPort:
         node = self._coordinators.lost(names.uid)
         if node is None:
             return
-        lost = [pod for pod in self._coordinators_of(names) if _node_of(pod) == node]
+        lost = [pod for pod in self._pods_of(names, "coordinator") if node_of(pod) == node]
         for pod in lost:
             await self._delete(PODS, pod)
-        self._coordinators.forget(names.uid)
+        workers = [pod for pod in self._pods_of(names, "worker") if node_of(pod) == node]
+        gone = {str(pod["metadata"]["uid"]): address_of(pod) for pod in workers if address_of(pod)}
+        self._coordinators.replaced(names.uid, gone)
         if lost:
             event = Event("CoordinatorLost", "the coordinator does not answer any more, and is replaced", warning=True)
             await self._posting.post(names, (event,), now, decided.status.attempt)
 
     def _node(self, names: Names) -> str:
         """The machine of the coordinator; empty where it has none, or more than one."""
-        nodes = {_node_of(pod) for pod in self._coordinators_of(names)}
+        nodes = {node_of(pod) for pod in self._pods_of(names, "coordinator")}
         return nodes.pop() if len(nodes) == 1 else ""
 
-    def _coordinators_of(self, names: Names) -> list[Mapping[str, Any]]:
-        """The pods of the coordinator that are not on their way out."""
-        pods = [pod for pod in self._store.of_job(names, PODS.name) if _label(pod, LABEL_PART) == "coordinator"]
-        return [pod for pod in pods if _active(pod) and not pod["metadata"].get("deletionTimestamp")]
+    def _pods_of(self, names: Names, part: str) -> list[Mapping[str, Any]]:
+        """The pods of a part of the job that are not on their way out."""
+        pods = [pod for pod in self._store.of_job(names, PODS.name) if label_of(pod, LABEL_PART) == part]
+        return [pod for pod in pods if is_active(pod) and not pod["metadata"].get("deletionTimestamp")]
 
     async def _release_workers(self, found: Mapping[str, Any], current: int, training: bool) -> None:
-        label = _label(found, LABEL_ATTEMPT)
+        label = label_of(found, LABEL_ATTEMPT)
         attempt = int(label) if label.isdigit() and len(label) < 10 else 0
         if attempt == current and training:
             return
         if 0 < attempt < current - 1:
             await self._delete(BATCH_JOBS, found)
-        elif (found.get("spec") or {}).get("parallelism") != 0 and not _over(found):
+        elif (found.get("spec") or {}).get("parallelism") != 0 and not is_over(found):
             key = key_of(found)
             changes: Manifest = {"spec": {"parallelism": 0}}
             self._store.put(BATCH_JOBS.name, await self._api.merge(BATCH_JOBS, key.namespace, key.name, changes))
@@ -347,7 +351,7 @@ class ClusterPort:
         identity = lost[index] if index < len(lost) else ""
         for pod in self._store.of_job(job.names, PODS.name):
             if identity and pod["metadata"].get("uid") == identity:
-                return str((pod.get("status") or {}).get("podIP") or "")
+                return address_of(pod)
         return ""
 
     def _manifest(self, job: ClusterJob) -> Mapping[str, Any]:
@@ -369,31 +373,7 @@ def _version(manifest: Mapping[str, Any]) -> str:
     return str(manifest["metadata"].get("resourceVersion"))
 
 
-def _label(manifest: Mapping[str, Any], label: str) -> str:
-    return str((manifest["metadata"].get("labels") or {}).get(label, ""))
-
-
-def _node_of(pod: Mapping[str, Any]) -> str:
-    return str((pod.get("spec") or {}).get("nodeName") or "")
-
-
-def _over(job: Mapping[str, Any]) -> bool:
-    conditions = (job.get("status") or {}).get("conditions") or ()
-    return any(c.get("type") in ("Complete", "Failed") and c.get("status") == "True" for c in conditions)
-
-
 def _rejected(job: Mapping[str, Any]) -> bool:
     """Whether the status says that the job cannot run as it is."""
     conditions = (job.get("status") or {}).get("conditions") or ()
     return any(c.get("type") == "Accepted" and c.get("status") == "False" for c in conditions)
-
-
-def _done(job: Mapping[str, Any], pods: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the pods of a Job have ended, and it only was not told yet. Their logs are worth keeping."""
-    uid = job["metadata"].get("uid")
-    mine = [pod for pod in pods if any(o.get("uid") == uid for o in pod["metadata"].get("ownerReferences") or ())]
-    return bool(mine) and not any(_active(pod) for pod in mine)
-
-
-def _active(pod: Mapping[str, Any]) -> bool:
-    return (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")
