@@ -2,8 +2,10 @@
 
 Only the rows marked train or unlabelled are pretrained on, so no test image was seen before. After training the first
 checkpoint, which is the random initialisation, the last one and the baselines go through evalsuite-real.yaml.
-Everything is kept in runs/real, and the command goes on where it was interrupted. It ends with the table of
+Everything is kept in runs/NAME of the job, and the command goes on where it was interrupted. It prints the tables of
 docs/real.md. The images are not part of the repository: see SOURCES.md in their folder.
+
+    python demo/real.py [JOB.yaml]      another recipe, with another name and another place for its checkpoints
 """
 
 from __future__ import annotations
@@ -11,20 +13,20 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 from run import ROOT, say, sonoforge
-from table import comparison
+from table import comparison, course
 
+from sonoforge_operator.api import parse_job_file
 from sonoforge_trainer.contract import read_suite
 from sonoforge_trainer.report.runs import survey
 from sonoforge_trainer.storage import Storage
 from sonoforge_trainer.storage.server import S3Server
 
 IMAGES = ROOT.parent / "shared" / "data" / "ultrasound"
-STATE = ROOT / "runs" / "real"
 JOB = ROOT / "manifests" / "samples" / "real.yaml"
 SUITE = ROOT / "manifests" / "samples" / "evalsuite-real.yaml"
-RUN = "s3://sonoforge/real/run"
 CITATION = (
     "Contains images from HC18 (van den Heuvel et al. 2018), AUL (Xu et al. 2022), usgra-seg (Kandaouroff 2025), "
     "Drazan et al. 2019 and Seynnes & Cronin 2020; cropped, converted to grey, resized and recompressed"
@@ -58,34 +60,37 @@ SOURCES: dict[str, list[str]] = {
 STEPS = len(SOURCES) + 2
 
 
-def main() -> int:
+def main(path: Path = JOB) -> int:
     """Start the server, make what is missing, run the job."""
     if not IMAGES.is_dir():
         sys.exit(f"the real images are not here: put them into {IMAGES}, or run `make demo`, which makes its own")
+    job = parse_job_file(path.read_text(), where=str(path)).job
+    state, run = ROOT / "runs" / job.metadata.name, job.spec.checkpoints.uri
     began = time.monotonic()
-    STATE.mkdir(parents=True, exist_ok=True)
-    with S3Server(STATE / "s3") as server:
+    state.mkdir(parents=True, exist_ok=True)
+    with S3Server(state / "s3") as server:
         environment = os.environ | server.environment() | {"OMP_NUM_THREADS": "1"}
         for number, (name, command) in enumerate(SOURCES.items(), start=1):
             say(began, f"{number}/{STEPS}", f"importing {name}")
             output = [f"--output=s3://sonoforge/real/{name}", "--licence=CC BY 4.0", f"--citation={CITATION}"]
             sonoforge(environment, *command, f"--root={IMAGES}", *output)
-        say(began, f"{STEPS - 1}/{STEPS}", f"training: {JOB.relative_to(ROOT)}")
-        code = sonoforge(environment, "run", str(JOB), f"--state={STATE}", check=False, show=True)
+        say(began, f"{STEPS - 1}/{STEPS}", f"training: {path.name}")
+        code = sonoforge(environment, "run", str(path), f"--state={state}", check=False, show=True)
         if code:
             return code
-        say(began, f"{STEPS}/{STEPS}", f"evaluating: {SUITE.relative_to(ROOT)}")
         os.environ.update(server.environment())
         storage = Storage.from_env()
-        checkpoints = survey(RUN, storage).checkpoints
-        for checkpoint in (checkpoints[0], checkpoints[-1]):
+        found = survey(run, storage)
+        print(course(found))  # noqa: T201 - for a person
+        say(began, f"{STEPS}/{STEPS}", f"evaluating: {SUITE.relative_to(ROOT)}")
+        for checkpoint in (found.checkpoints[0], found.checkpoints[-1]):
             sonoforge(environment, "eval", checkpoint.ref.uri, f"--suite={SUITE}")
         suite = read_suite(SUITE.read_text(), where=SUITE.name)
-        print(comparison(survey(RUN, storage), suite, storage))  # noqa: T201 - for a person
-        sonoforge(environment, "report", RUN, f"--output={STATE / 'comparison.html'}")
-    say(began, "done", f"the same as a page: {STATE.relative_to(ROOT) / 'comparison.html'}")
+        print(comparison(survey(run, storage), suite, storage))  # noqa: T201 - for a person
+        sonoforge(environment, "report", run, f"--output={state / 'comparison.html'}")
+    say(began, "done", f"the same as a page: {state.relative_to(ROOT) / 'comparison.html'}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*map(Path, sys.argv[1:])))

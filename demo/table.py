@@ -13,6 +13,9 @@ _METRICS = ("balanced_accuracy", "dice_foreground", "rankme")
 _PARTS = ("knn_dice_foreground", "logreg_dice_foreground")
 """Of `segment-probe`, which reports the better one of them on validation, too."""
 
+_CHOSEN_BY = ("val_balanced_accuracy", "val_dice_foreground", "rankme")
+"""Metrics of the course of a run; the last one needs no labels."""
+
 
 def comparison(summary: RunSummary, suite: EvalSuiteSpec, storage: Storage) -> str:
     """A row for each score on test, a column for each model.
@@ -30,6 +33,17 @@ def comparison(summary: RunSummary, suite: EvalSuiteSpec, storage: Storage) -> s
             if _shown(column):
                 cells = dict(zip((m.name for m in table.models), column.cells, strict=True))
                 lines.append(_line(evaluation.name, column, [cells.get(name) for name in names]))
+    return "\n".join(lines)
+
+
+def course(summary: RunSummary) -> str:
+    """A row for each checkpoint, a column for each score on validation that all have: by these recipes are chosen."""
+    common = set.intersection(*(set(checkpoint.scores) for checkpoint in summary.checkpoints))
+    names = [name for name in sorted(common) if name.rpartition("/")[2] in _CHOSEN_BY]
+    lines = ["| images | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for checkpoint in summary.checkpoints:
+        cells = [f"{checkpoint.scores[name].value:.3g}" for name in names]
+        lines.append(f"| {checkpoint.ref.samples:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
