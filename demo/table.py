@@ -29,9 +29,12 @@ def comparison(summary: RunSummary, suite: EvalSuiteSpec, storage: Storage) -> s
     lines = ["| data set | protocol | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for evaluation in suite.evaluations:
         table = by_name.get(evaluation.name)
-        for column in table.columns if table else ():
+        if table is None:
+            continue
+        measured = [model.name for model in table.models]
+        for column in table.columns:
             if _shown(column):
-                cells = dict(zip((m.name for m in table.models), column.cells, strict=True))
+                cells = dict(zip(measured, column.cells, strict=True))
                 lines.append(_line(evaluation.name, column, [cells.get(name) for name in names]))
     return "\n".join(lines)
 
