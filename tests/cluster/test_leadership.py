@@ -171,6 +171,8 @@ def test_the_operator_ends_with_an_error_and_gives_the_lease_back_when_watches_e
     operator = replicas.make("only", proxied=True)
     operator.start()
     operator.wait_until_ready()
+    replicas.apply("job")
+    operator.wait_for(lambda: replicas.phase("job") != "", "it acts, and has something to do later", 30)
     with replicas.proxy.wrong(error=True, cut_watch_seconds=0.5):
         assert wait_for_end(operator, 60) == 1
     assert operator.events("watches-ended"), operator.log_end()

@@ -17,16 +17,16 @@ from control_plane import ControlPlane
 from operators import apply_crds, grant, own_namespace
 from test_life import JOB
 
-from sonoforge_operator.cluster.api_client import DEPLOYMENTS, JOBS, Api
+from sonoforge_operator.cluster.api_client import DEPLOYMENTS, JOBS, PODS, Api
 from sonoforge_operator.cluster.coordinators import Coordinators
 from sonoforge_operator.cluster.freshness import Freshness
 from sonoforge_operator.cluster.jobs import Site
 from sonoforge_operator.cluster.metrics import Metrics
-from sonoforge_operator.cluster.names import Key
+from sonoforge_operator.cluster.names import LABEL_PART, Key
 from sonoforge_operator.cluster.port import ClusterPort
 from sonoforge_operator.cluster.reconciler import Reconciler
 from sonoforge_operator.cluster.store import Store
-from sonoforge_trainer.contract import Activity, Progress
+from sonoforge_trainer.contract import Activity, Progress, Request
 
 
 class LateReconciler(Reconciler):
@@ -58,11 +58,21 @@ class Silent:
     asked: asyncio.Event
     released: asyncio.Event
     fetal: Key
+    taken: list[Request]
+    """Requests that the coordinator took."""
 
-    def call_ready(self) -> None:
-        """Let the store say that the coordinator is ready."""
+    def call_ready(self, ready: int = 1) -> None:
+        """Let the store say that the coordinator is ready, or that it is not."""
         (deployment,) = self.store.all(DEPLOYMENTS.name)
-        self.store.put(DEPLOYMENTS.name, {**deployment, "status": {"readyReplicas": 1}})
+        self.store.put(DEPLOYMENTS.name, {**deployment, "status": {"readyReplicas": ready}})
+
+    def place(self, part: str, node: str) -> None:
+        """Let the store say that the pods of a part run on a node that nobody has, at addresses 10.0.0.1 and on."""
+        pods = [pod for pod in self.store.all(PODS.name) if pod["metadata"]["labels"][LABEL_PART] == part]
+        assert pods
+        for number, pod in enumerate(pods, start=1):
+            status = {**pod["status"], "phase": "Running", "podIP": f"10.0.0.{number}"}
+            self.store.put(PODS.name, {**pod, "spec": {**pod["spec"], "nodeName": node}, "status": status})
 
     async def begin(self) -> asyncio.Future[float | None]:
         """A pass over the job that waits for its run."""
@@ -82,11 +92,15 @@ async def opened(
     steady: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[Silent]:
     asked, released = asyncio.Event(), asyncio.Event()
+    taken: list[Request] = []
 
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        del reader
         asked.set()
         await released.wait()
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"POST"):
+            size = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            taken.append(Request.from_json(await reader.readexactly(size)))
         now = time.time()
         training = {"attempt": "a", "activity": Activity.TRAINING, "updated": now, "step": 10, "steps": 100}
         body = Progress(**training, step_time=now, world_size=1, nodes=1, median_step_seconds=1.0).to_json().encode()
@@ -110,7 +124,7 @@ async def opened(
         )
         freshness = Freshness(api, store, (namespace,), metrics, lambda kind, key: None, steady=lambda: 0.0)
         await freshness.fill()
-        yield Silent(reconciler, store, freshness, asked, released, Key(namespace, "fetal"))
+        yield Silent(reconciler, store, freshness, asked, released, Key(namespace, "fetal"), taken)
 
 
 @pytest.fixture
@@ -201,11 +215,13 @@ def test_a_pass_that_waited_long_for_its_turn_does_not_take_that_for_a_stall(
     asyncio.run(story())
 
 
-def test_a_coordinator_that_falls_silent_is_replaced(control_plane: ControlPlane, kubectl: Callable[..., str]) -> None:
+def test_a_coordinator_that_falls_silent_is_replaced_and_the_next_one_told_who_was_lost_with_it(
+    control_plane: ControlPlane, kubectl: Callable[..., str]
+) -> None:
     now = [0.0]
 
-    def get(what: str) -> list[Any]:
-        selector = [] if what == "events" else ["--selector=sonoforge.dev/part=coordinator"]
+    def get(what: str, part: str = "coordinator") -> list[Any]:
+        selector = [] if what == "events" else [f"--selector=sonoforge.dev/part={part}"]
         found: list[Any] = json.loads(kubectl("get", what, *selector, "--output=json"))["items"]
         return found
 
@@ -220,8 +236,11 @@ def test_a_coordinator_that_falls_silent_is_replaced(control_plane: ControlPlane
             silent.released.set()
             await silent.reconciler.reconcile(silent.fetal)
             first = await asyncio.to_thread(pod)
+            await asyncio.to_thread(wait_for, lambda: get("pods", "worker"), "the workers have pods", 30)
             await silent.freshness.fill()
             silent.call_ready()
+            silent.place("coordinator", "node-1")
+            silent.place("worker", "node-1")
             await silent.reconciler.reconcile(silent.fetal)
             silent.released.clear()
             for now[0] in (0.0, 4.0):
@@ -232,5 +251,18 @@ def test_a_coordinator_that_falls_silent_is_replaced(control_plane: ControlPlane
             silent.released.set()
             await asyncio.to_thread(wait_for, lambda: pod() != first, "another one is there", 30)
             assert "CoordinatorLost" in {event["reason"] for event in get("events")}
+            await silent.reconciler.reconcile(silent.fetal)
+            assert silent.taken == [], "the old one answers again, and is not meant"
+            workers = get("pods", "worker")
+            await silent.freshness.fill()
+            silent.call_ready(0)
+            await silent.reconciler.reconcile(silent.fetal)
+            silent.call_ready()
+            silent.place("coordinator", "node-2")
+            for _ in range(2):
+                await silent.reconciler.reconcile(silent.fetal)
+            told = {(request.kind, request.id) for request in silent.taken}
+            assert told == {("lost", pod["metadata"]["uid"]) for pod in workers}
+            assert len(silent.taken) == len(workers), "each is told once"
 
     asyncio.run(story())

@@ -37,7 +37,7 @@ class Run:
     async def ask_every_second(self, seconds: int) -> list[Progress | None]:
         said = []
         for _ in range(seconds):
-            said.append(await self.visitor.progress(NAMES))
+            said.append(await self.visitor.progress(NAMES, "node"))
             self.now[0] += 1.0
         return said
 
@@ -144,17 +144,21 @@ def test_a_coordinator_that_was_replaced_is_asked_at_once():
     asyncio.run(story())
 
 
+LOST = {"worker-2": "10.0.0.2", "worker-3": "10.0.0.3"}
+
+
 def test_a_new_coordinator_is_told_who_was_lost_with_the_one_before_until_it_takes_it():
     async def story():
         async with opened() as run:
-            run.visitor.replaced(NAMES.uid, {"worker-2": "10.0.0.2", "worker-3": "10.0.0.3"})
-            await run.visitor.tell_lost(NAMES)  # nobody is there
+            run.visitor.replaced(NAMES.uid, "node-1", LOST)
             run.answers = run.refuses = True
-            await run.visitor.tell_lost(NAMES)  # the survivors have not joined yet
+            await run.visitor.tell_lost(NAMES, "node-2", LOST)  # the survivors have not joined yet
+            run.visitor.forget(NAMES.uid)  # it was not ready for a moment
             assert run.taken == []
             run.refuses = False
-            for _ in range(3):
-                await run.visitor.tell_lost(NAMES)
+            for node in ("", "node-1", "node-2", "node-2"):
+                await run.visitor.tell_lost(NAMES, node, LOST)
+                assert len(run.taken) == (2 if node == "node-2" else 0), "the old one is not meant"
             assert [(told.kind, told.node, told.id) for told in run.taken] == [
                 ("lost", "10.0.0.2", "worker-2"),
                 ("lost", "10.0.0.3", "worker-3"),
@@ -163,19 +167,35 @@ def test_a_new_coordinator_is_told_who_was_lost_with_the_one_before_until_it_tak
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("late", ["after a minute", "when all is forgotten"])
-def test_a_coordinator_is_not_told_of_losses_that_are_long_past(late: str):
+def test_a_coordinator_is_told_no_address_that_is_in_use_again():
     async def story():
         async with opened() as run:
-            run.visitor.replaced(NAMES.uid, {"worker-2": "10.0.0.2"})
-            if late == "after a minute":
-                run.now[0] += 60.0
-                await run.visitor.tell_lost(NAMES)
-            else:
-                run.visitor.forget(NAMES.uid)
             run.answers = True
-            await run.visitor.tell_lost(NAMES)
+            run.visitor.replaced(NAMES.uid, "node-1", LOST)
+            await run.visitor.tell_lost(NAMES, "node-2", LOST | {"worker-9": "10.0.0.2"})
+            assert [told.id for told in run.taken] == ["worker-3"]
+
+    asyncio.run(story())
+
+
+def test_a_coordinator_is_not_told_of_losses_that_are_long_past():
+    async def story():
+        async with opened() as run:
+            run.answers = True
+            run.visitor.replaced(NAMES.uid, "node-1", LOST)
+            run.now[0] += 60.0
+            await run.visitor.tell_lost(NAMES, "node-2", LOST)
             assert run.taken == []
+
+    asyncio.run(story())
+
+
+def test_one_visit_in_vain_is_enough_for_a_pass():
+    async def story():
+        async with opened() as run:
+            run.visitor.replaced(NAMES.uid, "node-1", LOST)
+            await run.visitor.tell_lost(NAMES, "node-2", LOST)
+            assert len(run.visits) == 1
 
     asyncio.run(story())
 

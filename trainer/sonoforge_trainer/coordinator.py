@@ -142,7 +142,7 @@ class _Visitor(BaseHTTPRequestHandler):
         except ContractError as error:
             self._answer(HTTPStatus.UNPROCESSABLE_ENTITY, {"error": str(error)})
         except (StoreUnavailableError, RendezvousStateError):
-            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "the store does not take it yet; send it again"})
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "the store does not take it now; send it again"})
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it
         """Requests that matter are logged where they are carried out."""

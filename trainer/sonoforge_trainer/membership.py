@@ -134,19 +134,19 @@ def drop_address(link: StoreLink, address: str) -> int:
     """Take the nodes at an address out of the newest attempt, so that its survivors form anew at once.
 
     Returns how many there were. A node that is dropped though it lives sees that and joins again. Raises
-    StoreUnavailableError, and RendezvousStateError, also where nobody has joined yet: in the store of a new coordinator
-    the survivors first put what they know, with those that are gone.
+    StoreUnavailableError, and RendezvousStateError, also where nobody at that address has joined: in the store of a new
+    coordinator the survivors first put what they know, with those that are gone.
     """
     key = membership_key(link.get(ATTEMPT_KEY).decode())
     while True:
         raw = link.get(key)
-        if not raw:
-            raise RendezvousStateError("no node has joined yet")
-        state = decode(raw)
+        state = decode(raw) if raw else Membership()
         gone = [node for node in state.last_heartbeats if node.addr == address]
+        if not gone:
+            raise RendezvousStateError("no node at this address has joined")
         drop(state, gone)
         changed = encode(state)
-        if not gone or link.swap(key, raw, changed) == changed.encode():
+        if link.swap(key, raw, changed) == changed.encode():
             return len(gone)
 
 

@@ -10,9 +10,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import click
 import kopf
@@ -32,7 +33,6 @@ from sonoforge_operator.cluster.port import ClusterPort
 from sonoforge_operator.cluster.queue import Queue
 from sonoforge_operator.cluster.reconciler import Reconciler
 from sonoforge_operator.cluster.store import Store, key_of
-from sonoforge_operator.cluster.watches import watch
 
 log = structlog.get_logger(__name__)
 
@@ -159,11 +159,7 @@ def command(
     )
     if kubeconfig:
         os.environ["KUBECONFIG"] = kubeconfig  # kopf connects by itself
-    try:
-        asyncio.run(serve(options))
-    except WatchesEndedError as error:
-        log.error("watches-ended", exception=error.cause)  # noqa: TRY400 - what it holds is for no log
-        sys.exit(1)
+    asyncio.run(_serve_and_end(options))
 
 
 class WatchesEndedError(Exception):
@@ -173,6 +169,23 @@ class WatchesEndedError(Exception):
         super().__init__(f"the watches ended by themselves: {cause}")
         self.cause = cause
         """Name of what kopf raised."""
+
+
+async def _serve_and_end(options: Options) -> NoReturn:
+    """Serve, then end the process with what is left of kopf in it.
+
+    kopf cancels its tasks once and waits for them without limit, as asyncio does at the end of a loop, and one
+    cancellation can get lost: a watch that waits for new credentials takes it for a pause where the pause was cancelled
+    in the same moment, and begins again. Nothing of it has to be ended in order: it only reads.
+    """
+    code = 0
+    try:
+        await serve(options)
+    except WatchesEndedError as error:
+        log.error("watches-ended", exception=error.cause)  # noqa: TRY400 - what it holds is for no log
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
 
 
 async def serve(options: Options) -> None:
@@ -278,10 +291,7 @@ async def _work(options: Options, state: _State, wiring: Wiring, told: asyncio.E
     log.info("ready", jobs=sum(1 for _ in store.all(JOBS.name)), seconds=round(time.monotonic() - began, 2))
     registry = registry_of(wiring, lambda: freshness, options.own_namespace)
     namespaces = {*options.namespaces, options.own_namespace} if options.namespaces else ()
-    passes = [state.queue.work(state.reconciler.reconcile) for _ in range(_PASSES)]
-    own = [asyncio.ensure_future(task) for task in (freshness.keep(_COMPARE_SECONDS), *passes)]
-    others = asyncio.all_tasks()
-    roots = await kopf.spawn_tasks(
+    watches = await kopf.spawn_tasks(
         registry=registry,
         settings=settings(options.watch_silence_seconds),
         standalone=True,
@@ -289,11 +299,20 @@ async def _work(options: Options, state: _State, wiring: Wiring, told: asyncio.E
         namespaces=namespaces,
     )
     _listen(told)  # kopf took the signals for itself, and would end without a word to the rest
+    passes = [state.queue.work(state.reconciler.reconcile) for _ in range(_PASSES)]
     try:
-        await _first(watch(roots, others), *own)
+        await _first(_end_of(watches), freshness.keep(_COMPARE_SECONDS), *passes)
     except Exception as error:
         raise WatchesEndedError(type(error).__name__) from error
     raise WatchesEndedError("nothing")
+
+
+async def _end_of(watches: Collection[asyncio.Task[object]]) -> None:
+    """Wait until one of them ends, and raise what it raised."""
+    done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        if not task.cancelled():
+            task.result()
 
 
 async def _first(*coroutines: Awaitable[object]) -> bool:

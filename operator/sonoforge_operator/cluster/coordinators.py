@@ -50,6 +50,18 @@ class _Silence:
 
 
 @dataclass
+class _Mourned:
+    """Who was lost with a coordinator."""
+
+    node: str
+    """The machine that it was on."""
+    lost: dict[str, str]
+    """Addresses of the workers there that its successor was not told of yet, by the uids of their pods."""
+    until: float
+    """Until when it is told."""
+
+
+@dataclass
 class _Visit:
     named: bool = False
     """Whether the name of the coordinator was resolved, or is an address."""
@@ -101,9 +113,7 @@ class Coordinators:
         self._silent: dict[tuple[str, str], _Silence] = {}
         self._heard: dict[str, tuple[str, float]] = {}  # by uid: the newest request that was heard, and when
         self._known: dict[str, str] = {}  # by uid, of who told its progress: the node of its coordinator
-        self._untold: dict[
-            str, tuple[list[Request], float]
-        ] = {}  # by uid: what the next coordinator is told, and until when
+        self._mourned: dict[str, _Mourned] = {}  # by uid
         self._doubted = float("-inf")  # when our own network was last at fault
         # A coordinator is inside the cluster: a proxy of the environment must neither be asked nor see the token.
         self._session = aiohttp.ClientSession(
@@ -167,11 +177,11 @@ class Coordinators:
         Visits decide, not the time between them. Where those to more than one node and more than a tenth of them fail
         at once, or names are not resolved, it is our own network that is at fault: silence before that does not count.
         """
-        silence = self._silent.get((uid, "/progress"))
-        if uid not in self._known or silence is None:
+        node, silence = self._known.get(uid, ""), self._silent.get((uid, "/progress"))
+        if not node or silence is None:
             return None
         proven = silence.asked - max(silence.since, self._doubted)
-        return self._known[uid] if proven >= _LOST_SECONDS else None
+        return node if proven >= _LOST_SECONDS else None
 
     def _doubt(self, *, named: bool, now: float) -> None:
         """Note whether it is our own network that is at fault, after a visit in vain."""
@@ -179,27 +189,37 @@ class Coordinators:
         if not named or len(silent) > max(1, len(set(self._known.values())) // _LOST_PART):
             self._doubted = now
 
-    def replaced(self, uid: str, lost: Mapping[str, str]) -> None:
-        """The coordinator of a run was lost, and with it the nodes at these addresses, each under an id.
+    def replaced(self, uid: str, node: str, lost: Mapping[str, str]) -> None:
+        """Forget a coordinator that was lost with its node, and the workers there: addresses by the uids of their pods.
 
-        Its successor begins with what the survivors know, and would wait for the heartbeats of those nodes.
+        Its successor begins with what the survivors know, and would wait for the heartbeats of those workers.
         """
         self.forget(uid)
-        told = [Request(kind="lost", node=address, id=id_) for id_, address in lost.items()]
-        self._untold[uid] = (told, self._steady() + _TELL_SECONDS)
+        now = self._steady()
+        for over in [each for each, mourned in self._mourned.items() if now >= mourned.until]:
+            del self._mourned[over]
+        self._mourned[uid] = _Mourned(node, dict(lost), now + _TELL_SECONDS)
 
-    async def tell_lost(self, names: Names) -> None:
-        """Tell a coordinator who was lost with the one before, until it hears."""
-        told, until = self._untold.get(names.uid, ([], 0.0))
-        left = [request for request in told if not await self.ask(names, request)]
-        if left and self._steady() < until:
-            self._untold[names.uid] = (left, until)
-        else:
-            self._untold.pop(names.uid, None)
+    async def tell_lost(self, names: Names, node: str, present: Mapping[str, str]) -> None:
+        """Tell a coordinator on this node who was lost with the one before, until it takes it.
+
+        `present` are the addresses of the workers that are known, by the uids of their pods: whoever has the address of
+        one that was lost is not meant. A visit in vain ends it for now.
+        """
+        mourned = self._mourned.get(names.uid)
+        if mourned is None or node in ("", mourned.node):
+            return
+        for uid, address in list(mourned.lost.items()):
+            if self._steady() >= mourned.until:
+                break
+            anew = any(address == other for each, other in present.items() if each != uid)
+            if not anew and not await self.ask(names, Request(kind="lost", node=address, id=uid)):
+                return
+            del mourned.lost[uid]
+        del self._mourned[names.uid]
 
     def forget(self, uid: str) -> None:
         """Forget what a run said and heard: it is gone, or its coordinator is another one."""
-        self._untold.pop(uid, None)
         self._heard.pop(uid, None)
         self._known.pop(uid, None)
         for path in ("/progress", "/request"):

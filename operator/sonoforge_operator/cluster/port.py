@@ -80,9 +80,12 @@ class ClusterPort:
         deployed = self._store.get(DEPLOYMENTS.name, job.names.key.namespace, job.names.coordinator)
         # One that is not ready would only be waited for.
         ready = bool(deployed and (deployed.get("status") or {}).get("readyReplicas"))
-        if not ready:
+        node, progress = self._node(job.names), None
+        if ready:
+            await self._coordinators.tell_lost(job.names, node, self._workers(job.names))
+            progress = await self._coordinators.progress(job.names, node)
+        else:
             self._coordinators.forget(job.names.uid)
-        progress = await self._coordinators.progress(job.names, self._node(job.names)) if ready else None
         said = believable(progress, job) if progress else None
         uid = job.names.uid
         return Observed(
@@ -192,7 +195,6 @@ class ClusterPort:
 
     async def send(self, job: ClusterJob, decided: Plan) -> None:
         """Pass the requests of a plan that was recorded on. A run that does not listen costs the time of a visit."""
-        await self._coordinators.tell_lost(job.names)
         for request in decided.requests:
             await self._send(job, request)
 
@@ -301,9 +303,7 @@ class ClusterPort:
         lost = [pod for pod in self._pods_of(names, "coordinator") if node_of(pod) == node]
         for pod in lost:
             await self._delete(PODS, pod)
-        workers = [pod for pod in self._pods_of(names, "worker") if node_of(pod) == node]
-        gone = {str(pod["metadata"]["uid"]): address_of(pod) for pod in workers if address_of(pod)}
-        self._coordinators.replaced(names.uid, gone)
+        self._coordinators.replaced(names.uid, node, self._workers(names, node))
         if lost:
             event = Event("CoordinatorLost", "the coordinator does not answer any more, and is replaced", warning=True)
             await self._posting.post(names, (event,), now, decided.status.attempt)
@@ -312,6 +312,11 @@ class ClusterPort:
         """The machine of the coordinator; empty where it has none, or more than one."""
         nodes = {node_of(pod) for pod in self._pods_of(names, "coordinator")}
         return nodes.pop() if len(nodes) == 1 else ""
+
+    def _workers(self, names: Names, node: str = "") -> dict[str, str]:
+        """Addresses of the workers, of all or of those on a machine, by the uids of their pods."""
+        pods = [pod for pod in self._pods_of(names, "worker") if node in ("", node_of(pod))]
+        return {str(pod["metadata"]["uid"]): address_of(pod) for pod in pods if address_of(pod)}
 
     def _pods_of(self, names: Names, part: str) -> list[Mapping[str, Any]]:
         """The pods of a part of the job that are not on their way out."""
