@@ -27,7 +27,7 @@ _LONGEST_WAIT_SECONDS = 60.0
 _AGAIN_SECONDS = 30.0
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ETIMEDOUT)
 """What a connection ends with where nobody has the address any more: silence, told early."""
-_LOST_SECONDS = 7.0
+_LOST_SECONDS = 6.0
 """Between the starts of the first and the last visit in vain. With the time of the last one, about ten of silence."""
 _LOST_PART = 10
 """At most one part in so many of the nodes may be silent at once; of fewer nodes, one."""
@@ -98,7 +98,8 @@ class Coordinators:
     """A visitor with the operator's key. Whoever has not answered after `seconds` is left.
 
     A run that is silent costs that time at every visit, so it is asked again only after it was silent for as long
-    again, and at least once a minute; what it says and what it hears apart. `steady` gives seconds.
+    again, and at least once a minute; what it says and what it hears apart. Only who told its progress before is asked
+    again at once, until it is decided whether it is lost. `steady` gives seconds.
     """
 
     def __init__(
@@ -183,6 +184,11 @@ class Coordinators:
         proven = silence.asked - max(silence.since, self._doubted)
         return node if proven >= _LOST_SECONDS else None
 
+    def in_doubt(self, uid: str) -> bool:
+        """Whether a coordinator that told its progress is silent since, but not yet for long enough to be lost."""
+        silence = self._silent.get((uid, "/progress"))
+        return uid in self._known and silence is not None and silence.asked - silence.since < _LOST_SECONDS
+
     def _doubt(self, *, named: bool, now: float) -> None:
         """Note whether it is our own network that is at fault, after a visit in vain."""
         silent = {node for uid, node in self._known.items() if (uid, "/progress") in self._silent}
@@ -236,7 +242,9 @@ class Coordinators:
             found = await self._visit(names, path, body, visit)
         except TimeoutError:
             since = silence.since if silence is not None else now
-            self._silent[key] = _Silence(since, asked=now, until=now + min(_LONGEST_WAIT_SECONDS, now - since))
+            self._silent[key] = _Silence(since, asked=now, until=now)
+            if path != "/progress" or not self.in_doubt(names.uid):
+                self._silent[key] = _Silence(since, asked=now, until=now + min(_LONGEST_WAIT_SECONDS, now - since))
             self._doubt(named=visit.named, now=now)
             return None
         self._silent.pop(key, None)

@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 
 _LOOK_AGAIN_SECONDS = 300.0
 _RETIRE_SECONDS = 5.0
+_DOUBT_SECONDS = 0.2
+"""A coordinator that may be lost is asked again right away."""
 _UNREADABLE = (
     "status.record was not written by this version of the operator; start the version that wrote it, or remove "
     "status.record to begin the job anew from its newest checkpoint"
@@ -185,6 +187,8 @@ class Reconciler:
             self._active.discard(key)
             return _RETIRE_SECONDS
         self._active.add(key)
+        if self._coordinators.in_doubt(uid):
+            return _DOUBT_SECONDS
         # Events wake a job at once; this is for what no event tells, the progress of its run.
         poll = min(_LONGEST_POLL_SECONDS, max(self._poll_seconds, len(self._active) / _JOBS_A_SECOND))
         return max(decided.wake_after, poll)
