@@ -114,10 +114,10 @@ def kill_evaluation(site: RealSite, name: str) -> Fault:
 
 def _kill_after(pid: int, seconds: float) -> float | None:
     """Kill a process once it has worked for so long. The processor time at its end; None where it was over already."""
-    worked = None
+    worked, deadline = None, time.monotonic() + _WAIT_SECONDS
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        while process.status() != psutil.STATUS_ZOMBIE:
+        while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
             times = process.cpu_times()
             worked = times.user + times.system
             if worked >= seconds:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 
+import pytest
+
 from sonoforge_operator.cluster.command import _State
 from sonoforge_operator.cluster.freshness import Freshness
 from sonoforge_operator.cluster.jobs import Site
@@ -106,6 +108,28 @@ def test_an_earlier_wish_replaces_a_later_one_and_a_later_one_does_not():
         assert q.depth == 0
         for task in tasks:
             task.cancel()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_workers_end_when_they_are_cancelled_just_as_something_changes(turns):
+    async def scenario():
+        q = queue()
+        q.wake(A, 60.0)
+
+        async def handle(key):
+            del key
+
+        tasks = await worked(q, handle)
+        await asyncio.sleep(0.01)
+        q.wake(B, 50.0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=2)
+        assert all(task.done() for task in tasks)
 
     run(scenario)
 

@@ -28,6 +28,8 @@ class Run:
     visits: list[float] = field(default_factory=list)
     answers: bool = False
     refuses: bool = False
+    mute: set[str] = field(default_factory=set)
+    """Uids of runs that say nothing, of many."""
     taken: list[Request] = field(default_factory=list)
     """Requests that it took."""
 
@@ -152,7 +154,7 @@ LOST = {"worker-2": "10.0.0.2", "worker-3": "10.0.0.3"}
 def test_a_new_coordinator_is_told_who_was_lost_with_the_one_before_until_it_takes_it():
     async def story():
         async with opened() as run:
-            run.visitor.replaced(NAMES.uid, "node-1", LOST)
+            run.visitor.mourn(NAMES.uid, "node-1", LOST)
             run.answers = run.refuses = True
             await run.visitor.tell_lost(NAMES, "node-2", LOST)  # the survivors have not joined yet
             run.visitor.forget(NAMES.uid)  # it was not ready for a moment
@@ -169,11 +171,22 @@ def test_a_new_coordinator_is_told_who_was_lost_with_the_one_before_until_it_tak
     asyncio.run(story())
 
 
+def test_a_worker_that_a_coordinator_does_not_know_holds_up_no_other():
+    async def story():
+        async with opened() as run:
+            run.answers = run.refuses = True
+            run.visitor.mourn(NAMES.uid, "node-1", LOST)
+            await run.visitor.tell_lost(NAMES, "node-2", LOST)
+            assert len(run.visits) == 2
+
+    asyncio.run(story())
+
+
 def test_a_coordinator_is_told_no_address_that_is_in_use_again():
     async def story():
         async with opened() as run:
             run.answers = True
-            run.visitor.replaced(NAMES.uid, "node-1", LOST)
+            run.visitor.mourn(NAMES.uid, "node-1", LOST)
             await run.visitor.tell_lost(NAMES, "node-2", LOST | {"worker-9": "10.0.0.2"})
             assert [told.id for told in run.taken] == ["worker-3"]
 
@@ -184,10 +197,15 @@ def test_a_coordinator_is_not_told_of_losses_that_are_long_past():
     async def story():
         async with opened() as run:
             run.answers = True
-            run.visitor.replaced(NAMES.uid, "node-1", LOST)
+            run.visitor.mourn(NAMES.uid, "node-1", LOST)
+            run.refuses = True
+            run.now[0] += 300.0  # its image is pulled
+            await run.visitor.tell_lost(NAMES, "node-2", LOST)
+            run.refuses = False
             run.now[0] += 60.0
             await run.visitor.tell_lost(NAMES, "node-2", LOST)
             assert run.taken == []
+            assert run.visitor.asks_again(NAMES.uid) is None
 
     asyncio.run(story())
 
@@ -195,7 +213,7 @@ def test_a_coordinator_is_not_told_of_losses_that_are_long_past():
 def test_one_visit_in_vain_is_enough_for_a_pass():
     async def story():
         async with opened() as run:
-            run.visitor.replaced(NAMES.uid, "node-1", LOST)
+            run.visitor.mourn(NAMES.uid, "node-1", LOST)
             await run.visitor.tell_lost(NAMES, "node-2", LOST)
             assert len(run.visits) == 1
 
@@ -224,7 +242,7 @@ def test_a_run_that_answered_is_asked_again_at_once_and_is_lost_after_six_second
             for _ in range(7):
                 assert not run.lost()
                 await run.ask_every_second(1)
-                assert run.visitor.in_doubt(NAMES.uid) != run.lost()
+                assert (run.visitor.asks_again(NAMES.uid) is None) == run.lost()
             assert (run.lost(), run.visits) == (True, [3, 4, 5, 6, 7, 8, 9])
             await run.ask_every_second(20)
             assert run.visits[7:] == [15, 27], "then it is left alone for longer and longer"
@@ -274,9 +292,9 @@ async def visit(run: Run, names: list[Names], nodes: list[str]) -> list[bool]:
 def of_many(run: Run) -> None:
     """Let visits end at once: many of them at the same time would depend on how busy this machine is."""
 
-    async def visit(_: Names, __: str, ___: bytes | None, visit: _Visit) -> bytes:
+    async def visit(names: Names, __: str, ___: bytes | None, visit: _Visit) -> bytes:
         visit.named = True
-        if not run.answers:
+        if names.uid in run.mute or not run.answers:
             raise TimeoutError
         return Progress().to_json().encode()
 
@@ -297,8 +315,8 @@ def test_where_many_nodes_are_silent_at_once_it_is_our_own_network_and_none_is_l
             names, nodes = runs(count)
             run.answers = True
             await visit(run, names, nodes)
-            run.answers = False
-            assert await visit(run, names[:silent], nodes[:silent]) == [lost] * silent
+            run.mute = {each.uid for each in names[:silent]}
+            assert await visit(run, names, nodes) == [lost] * silent + [False] * (count - silent)
 
     asyncio.run(story())
 
@@ -317,8 +335,24 @@ def test_two_runs_on_a_node_that_is_cut_off_are_lost():
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("leaves", ["answers", "forgotten"])
-def test_after_our_own_network_failed_a_run_that_was_not_asked_again_is_not_lost(leaves: str):
+def test_a_run_is_lost_only_once_one_on_another_node_has_answered_meanwhile():
+    """Otherwise it may be our own network, and the others were only not asked yet."""
+
+    async def story():
+        async with opened() as run:
+            of_many(run)
+            names, nodes = runs(3)
+            run.answers = True
+            await visit(run, names, nodes)
+            run.mute = {names[0].uid}
+            assert await visit(run, names[:1], nodes[:1]) == [False]
+            assert await run.visitor.progress(names[2], nodes[2])
+            assert run.visitor.lost(names[0].uid) == nodes[0]
+
+    asyncio.run(story())
+
+
+def test_after_our_own_network_failed_a_run_that_was_not_asked_again_is_not_lost():
     async def story():
         async with opened() as run:
             of_many(run)
@@ -327,17 +361,42 @@ def test_after_our_own_network_failed_a_run_that_was_not_asked_again_is_not_lost
             await visit(run, names, nodes)
             run.answers = False
             await visit(run, names, nodes)
-            if leaves == "answers":
-                run.answers = True
-                run.now[0] += 60.0
-                assert await run.visitor.progress(names[0], nodes[0])
-                run.answers = False
-            else:
-                run.visitor.forget(names[0].uid)
+            run.answers, run.mute = True, {names[1].uid}
+            run.now[0] += 60.0
+            assert await run.visitor.progress(names[0], nodes[0])
             assert run.visitor.lost(names[1].uid) is None
             run.now[0] += 60.0
             await run.visitor.progress(names[1], nodes[1])
             assert run.visitor.lost(names[1].uid) == nodes[1], "one that does not answer still is"
+
+    asyncio.run(story())
+
+
+def test_two_visits_in_vain_that_are_far_apart_prove_nothing():
+    async def story():
+        async with opened() as run:
+            run.answers = True
+            await run.ask_every_second(1)
+            run.answers = False
+            for _ in range(2):
+                assert not run.lost()
+                await run.ask_every_second(1)
+                run.now[0] += 60.0
+            assert not run.lost()
+            await run.ask_every_second(1)
+            assert run.lost()
+
+    asyncio.run(story())
+
+
+def test_a_coordinator_on_another_node_is_another_one():
+    async def story():
+        async with opened() as run:
+            run.answers = True
+            await run.visitor.progress(NAMES, "before")
+            run.answers = False
+            await run.ask_every_second(30)
+            assert not run.lost(), "it never answered"
 
     asyncio.run(story())
 

@@ -10,7 +10,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -40,6 +41,7 @@ _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 _PASSES = 32
 """Passes at once. Most of them wait for what a run says; few write, see Reconciler."""
 _COMPARE_SECONDS = 600.0
+_CANCELLATIONS, _CANCEL_SECONDS = 5, 1.0
 _LOST = 70
 """Exit code of a replica that lost the Lease: whatever it was about to do, it does not do any more."""
 
@@ -178,14 +180,18 @@ async def _serve_and_end(options: Options) -> NoReturn:
     cancellation can get lost: a watch that waits for new credentials takes it for a pause where the pause was cancelled
     in the same moment, and begins again. Nothing of it has to be ended in order: it only reads.
     """
-    code = 0
+    code = 1
     try:
         await serve(options)
+        code = 0
     except WatchesEndedError as error:
         log.error("watches-ended", exception=error.cause)  # noqa: TRY400 - what it holds is for no log
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
+    except BaseException:  # noqa: BLE001 - whatever it is, the process ends
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
 
 
 async def serve(options: Options) -> None:
@@ -231,6 +237,7 @@ async def serve(options: Options) -> None:
                 )
             finally:
                 metrics.leading.set(0)
+                api.may_write = lambda: False
                 with contextlib.suppress(Exception):
                     await asyncio.wait_for(leadership.release(), options.timing.retry_seconds)
 
@@ -324,9 +331,19 @@ async def _first(*coroutines: Awaitable[object]) -> bool:
             task.result()
         return tasks[0] not in done
     finally:
-        for task in tasks:
+        await _end(tasks)
+
+
+async def _end(tasks: Iterable[asyncio.Task[object]]) -> None:
+    """Cancel what runs, again and again for a while: a cancellation can get lost, for example in asyncio.wait_for."""
+    left = set(tasks)
+    for _ in range(_CANCELLATIONS):
+        for task in left:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        _, left = await asyncio.wait(left, timeout=_CANCEL_SECONDS)
+        if not left:
+            return
+    log.error("tasks-left", count=len(left))
 
 
 @contextlib.asynccontextmanager
@@ -355,7 +372,7 @@ async def _probes(options: Options, state: _State) -> AsyncIterator[None]:
 
     app = web.Application()
     app.add_routes([web.get("/healthz", health), web.get("/readyz", ready), web.get("/metrics", metrics)])
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
         await web.TCPSite(runner, options.host, options.port).start()

@@ -8,7 +8,7 @@ import hmac
 import ipaddress
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace, TracebackType
 from typing import Self
 from urllib.parse import urlsplit
@@ -31,8 +31,13 @@ _LOST_SECONDS = 6.0
 """Between the starts of the first and the last visit in vain. With the time of the last one, about ten of silence."""
 _LOST_PART = 10
 """At most one part in so many of the nodes may be silent at once; of fewer nodes, one."""
-_TELL_SECONDS = 60.0
-"""For how long a new coordinator is told who was lost with the one before."""
+_DOUBT_SECONDS = 0.2
+_LOST_VISITS = 3
+"""Visits in vain that it takes at least."""
+_TELL_SECONDS, _TELL_AGAIN_SECONDS = 60.0, 1.0
+"""For how long a new coordinator is told who was lost with the one before, and how often."""
+_MOURN_SECONDS = 600.0
+"""For how long the new coordinator may take to come."""
 _MOST_BYTES = 4 * 2**20
 _MOST_CHECKPOINTS, _LONGEST_URI = 10_000, 1024
 
@@ -47,6 +52,8 @@ class _Silence:
     """When the last one began."""
     until: float
     """Until when the run is left alone."""
+    visits: int
+    """How many there were."""
 
 
 @dataclass
@@ -59,6 +66,8 @@ class _Mourned:
     """Addresses of the workers there that its successor was not told of yet, by the uids of their pods."""
     until: float
     """Until when it is told."""
+    told: bool = False
+    """Whether the successor was there to be told."""
 
 
 @dataclass
@@ -110,10 +119,11 @@ class Coordinators:
         seconds: float = _SECONDS,
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._key, self._url, self._steady = key, url, steady
+        self._key, self._url, self._seconds, self._steady = key, url, seconds, steady
         self._silent: dict[tuple[str, str], _Silence] = {}
         self._heard: dict[str, tuple[str, float]] = {}  # by uid: the newest request that was heard, and when
         self._known: dict[str, str] = {}  # by uid, of who told its progress: the node of its coordinator
+        self._answered: dict[str, float] = {}  # by uid, of who told its progress: when it last did
         self._mourned: dict[str, _Mourned] = {}  # by uid
         self._doubted = float("-inf")  # when our own network was last at fault
         # A coordinator is inside the cluster: a proxy of the environment must neither be asked nor see the token.
@@ -140,12 +150,14 @@ class Coordinators:
     async def progress(self, names: Names, node: str = "") -> Progress | None:
         """What a run says; None where nobody answers in time, or what makes no sense, or it is left alone for now.
 
-        `node` names the machine of its coordinator.
+        `node` names the machine of its coordinator. Where it is another one than before, so is the coordinator.
         """
+        if node and self._known.get(names.uid, node) not in ("", node):
+            self.forget(names.uid)
         body = await self._patiently(names, "/progress")
         if body is None:
             return None
-        self._known[names.uid] = node
+        self._known[names.uid], self._answered[names.uid] = node, self._steady()
         try:
             return Progress.from_json(body, show_values=False)
         except ContractError:
@@ -175,39 +187,50 @@ class Coordinators:
     def lost(self, uid: str) -> str | None:
         """The node of a coordinator that told its progress and is silent since, as if the node were cut off, or None.
 
-        Visits decide, not the time between them. Where those to more than one node and more than a tenth of them fail
-        at once, or names are not resolved, it is our own network that is at fault: silence before that does not count.
+        Visits decide, not the time between them, and where coordinators on other nodes are known, one of them has
+        answered meanwhile. Where visits to more than one node and more than a tenth of them fail at once, or names are
+        not resolved, it is our own network that is at fault: silence before that does not count.
         """
         node, silence = self._known.get(uid, ""), self._silent.get((uid, "/progress"))
-        if not node or silence is None:
+        if not node or silence is None or silence.visits < _LOST_VISITS:
             return None
-        proven = silence.asked - max(silence.since, self._doubted)
-        return node if proven >= _LOST_SECONDS else None
+        if silence.asked - max(silence.since, self._doubted) < _LOST_SECONDS:
+            return None
+        others = [each for each, where in self._known.items() if where not in ("", node)]
+        if others and max(self._answered[each] for each in others) < silence.since + self._seconds:
+            return None
+        return node
 
-    def in_doubt(self, uid: str) -> bool:
+    def asks_again(self, uid: str) -> float | None:
+        """Seconds until a run should be visited again that cannot wait for its turn; None for all others."""
+        silence, mourned = self._silent.get((uid, "/progress")), self._mourned.get(uid)
+        if silence is not None and self._in_doubt(uid, silence):
+            return max(_DOUBT_SECONDS, silence.until - self._steady())
+        return _TELL_AGAIN_SECONDS if mourned is not None and mourned.told else None
+
+    def _in_doubt(self, uid: str, silence: _Silence) -> bool:
         """Whether a coordinator that told its progress is silent since, but not yet for long enough to be lost."""
-        silence = self._silent.get((uid, "/progress"))
-        return uid in self._known and silence is not None and silence.asked - silence.since < _LOST_SECONDS
+        return uid in self._known and silence.asked - silence.since < _LOST_SECONDS
 
     def _doubt(self, *, named: bool, now: float) -> None:
         """Note whether it is our own network that is at fault, after a visit in vain."""
-        silent = {node for uid, node in self._known.items() if (uid, "/progress") in self._silent}
-        if not named or len(silent) > max(1, len(set(self._known.values())) // _LOST_PART):
+        nodes = {node for node in self._known.values() if node}
+        silent = {node for uid, node in self._known.items() if node and (uid, "/progress") in self._silent}
+        if not named or len(silent) > max(1, len(nodes) // _LOST_PART):
             self._doubted = now
 
-    def replaced(self, uid: str, node: str, lost: Mapping[str, str]) -> None:
-        """Forget a coordinator that was lost with its node, and the workers there: addresses by the uids of their pods.
+    def mourn(self, uid: str, node: str, lost: Mapping[str, str]) -> None:
+        """Remember who was lost with a coordinator on this node: addresses of workers by the uids of their pods.
 
         Its successor begins with what the survivors know, and would wait for the heartbeats of those workers.
         """
-        self.forget(uid)
         now = self._steady()
         for over in [each for each, mourned in self._mourned.items() if now >= mourned.until]:
             del self._mourned[over]
-        self._mourned[uid] = _Mourned(node, dict(lost), now + _TELL_SECONDS)
+        self._mourned[uid] = _Mourned(node, dict(lost), now + _MOURN_SECONDS)
 
     async def tell_lost(self, names: Names, node: str, present: Mapping[str, str]) -> None:
-        """Tell a coordinator on this node who was lost with the one before, until it takes it.
+        """Tell a coordinator on this node who was lost with the one before, until it takes it, for a minute.
 
         `present` are the addresses of the workers that are known, by the uids of their pods: whoever has the address of
         one that was lost is not meant. A visit in vain ends it for now.
@@ -215,19 +238,25 @@ class Coordinators:
         mourned = self._mourned.get(names.uid)
         if mourned is None or node in ("", mourned.node):
             return
+        if not mourned.told:
+            mourned.told, mourned.until = True, min(mourned.until, self._steady() + _TELL_SECONDS)
         for uid, address in list(mourned.lost.items()):
             if self._steady() >= mourned.until:
+                mourned.lost.clear()
                 break
             anew = any(address == other for each, other in present.items() if each != uid)
-            if not anew and not await self.ask(names, Request(kind="lost", node=address, id=uid)):
+            if anew or await self.ask(names, Request(kind="lost", node=address, id=uid)):
+                mourned.lost.pop(uid, None)
+            elif (names.uid, "/request") in self._silent:
                 return
-            del mourned.lost[uid]
-        del self._mourned[names.uid]
+        if not mourned.lost:
+            self._mourned.pop(names.uid, None)
 
     def forget(self, uid: str) -> None:
         """Forget what a run said and heard: it is gone, or its coordinator is another one."""
         self._heard.pop(uid, None)
         self._known.pop(uid, None)
+        self._answered.pop(uid, None)
         for path in ("/progress", "/request"):
             self._silent.pop((uid, path), None)
 
@@ -239,16 +268,17 @@ class Coordinators:
             return None
         visit = _Visit()
         try:
-            found = await self._visit(names, path, body, visit)
+            answer = await self._visit(names, path, body, visit)
         except TimeoutError:
-            since = silence.since if silence is not None else now
-            self._silent[key] = _Silence(since, asked=now, until=now)
-            if path != "/progress" or not self.in_doubt(names.uid):
-                self._silent[key] = _Silence(since, asked=now, until=now + min(_LONGEST_WAIT_SECONDS, now - since))
+            found = _Silence(
+                *((silence.since, now, 0.0, silence.visits + 1) if silence is not None else (now, now, 0.0, 1))
+            )
+            again = self._seconds if path == "/progress" and self._in_doubt(names.uid, found) else now - found.since
+            self._silent[key] = replace(found, until=now + min(_LONGEST_WAIT_SECONDS, again))
             self._doubt(named=visit.named, now=now)
             return None
         self._silent.pop(key, None)
-        return found
+        return answer
 
     async def _visit(self, names: Names, path: str, body: bytes | None, visit: _Visit) -> bytes | None:
         url = self._url.format(service=names.coordinator, namespace=names.key.namespace, job=names.key.name) + path

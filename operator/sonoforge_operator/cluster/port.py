@@ -301,9 +301,11 @@ class ClusterPort:
         if node is None:
             return
         lost = [pod for pod in self._pods_of(names, "coordinator") if node_of(pod) == node]
+        if lost:
+            self._coordinators.mourn(names.uid, node, self._workers(names, node))
         for pod in lost:
             await self._delete(PODS, pod)
-        self._coordinators.replaced(names.uid, node, self._workers(names, node))
+        self._coordinators.forget(names.uid)
         if lost:
             event = Event("CoordinatorLost", "the coordinator does not answer any more, and is replaced", warning=True)
             await self._posting.post(names, (event,), now, decided.status.attempt)

@@ -31,8 +31,6 @@ log = structlog.get_logger(__name__)
 
 _LOOK_AGAIN_SECONDS = 300.0
 _RETIRE_SECONDS = 5.0
-_DOUBT_SECONDS = 0.2
-"""A coordinator that may be lost is asked again right away."""
 _UNREADABLE = (
     "status.record was not written by this version of the operator; start the version that wrote it, or remove "
     "status.record to begin the job anew from its newest checkpoint"
@@ -180,6 +178,9 @@ class Reconciler:
                 recorded = decided
                 self._metrics.follow(key, observed.status, decided)
                 await self._port.apply(job, observed, decided, now)
+        except asyncio.CancelledError:
+            recorded = None  # the process ends, and another replica may act already
+            raise
         finally:
             if recorded is not None:  # outside the turn: a run that does not listen holds up nobody else
                 await self._port.send(job, recorded)
@@ -187,8 +188,9 @@ class Reconciler:
             self._active.discard(key)
             return _RETIRE_SECONDS
         self._active.add(key)
-        if self._coordinators.in_doubt(uid):
-            return _DOUBT_SECONDS
+        soon = self._coordinators.asks_again(uid)
+        if soon is not None:
+            return soon
         # Events wake a job at once; this is for what no event tells, the progress of its run.
         poll = min(_LONGEST_POLL_SECONDS, max(self._poll_seconds, len(self._active) / _JOBS_A_SECOND))
         return max(decided.wake_after, poll)
