@@ -29,11 +29,12 @@ _UNREACHABLE = (errno.EHOSTUNREACH, errno.ETIMEDOUT)
 """What a connection ends with where nobody has the address any more: silence, told early."""
 _LOST_SECONDS = 6.0
 """Between the starts of the first and the last visit in vain. With the time of the last one, about ten of silence."""
+_LOST_VISITS = 3
+"""Visits in vain that it takes at least."""
 _LOST_PART = 10
 """At most one part in so many of the nodes may be silent at once; of fewer nodes, one."""
 _DOUBT_SECONDS = 0.2
-_LOST_VISITS = 3
-"""Visits in vain that it takes at least."""
+"""Time at least between two passes over a run that may be lost."""
 _TELL_SECONDS, _TELL_AGAIN_SECONDS = 60.0, 1.0
 """For how long a new coordinator is told who was lost with the one before, and how often."""
 _MOURN_SECONDS = 600.0
@@ -270,10 +271,9 @@ class Coordinators:
         try:
             answer = await self._visit(names, path, body, visit)
         except TimeoutError:
-            found = _Silence(
-                *((silence.since, now, 0.0, silence.visits + 1) if silence is not None else (now, now, 0.0, 1))
-            )
-            again = self._seconds if path == "/progress" and self._in_doubt(names.uid, found) else now - found.since
+            since, visits = (silence.since, silence.visits) if silence is not None else (now, 0)
+            found = _Silence(since, asked=now, until=now, visits=visits + 1)
+            again = self._seconds if path == "/progress" and self._in_doubt(names.uid, found) else now - since
             self._silent[key] = replace(found, until=now + min(_LONGEST_WAIT_SECONDS, again))
             self._doubt(named=visit.named, now=now)
             return None
