@@ -118,7 +118,7 @@ SCENARIOS = (
     Scenario("14", "API server down for 60 s", stop_api_server, regroups=False, mended=OUTAGE),
     Scenario("14b", "etcd killed, started again", restart_etcd, regroups=False),
     Scenario("15", "disk of a node full", fill_disk, mended=_AFTER_NEXT_STEP),
-    Scenario("15b", "evaluation killed at 90 %", kill_evaluation, at=1, regroups=False),
+    Scenario("15b", "evaluation killed at 90 %", kill_evaluation, at=1, regroups=False, steps=LONG),
 )
 _RANDOM = [
     s for s in SCENARIOS if s.number in {"1", "2", "3", "4", "5", "6", "7", "8", "14b", "15", "13-2", "13-4", "13-8"}
