@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,9 +112,12 @@ def kill_evaluation(site: RealSite, name: str) -> Fault:
 
 
 def _kill_after(pid: int, seconds: float) -> float | None:
-    """Kill a process once it has worked for so long. The processor time at its end; None where it was over already."""
+    """Kill a process once it has worked for so long. The processor time that it had; None where it ended unseen.
+
+    One that ends by itself in the moment of the kill is none that was killed.
+    """
     worked, deadline = None, time.monotonic() + _WAIT_SECONDS
-    with contextlib.suppress(psutil.NoSuchProcess):
+    try:
         process = psutil.Process(pid)
         while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
             times = process.cpu_times()
@@ -124,6 +126,8 @@ def _kill_after(pid: int, seconds: float) -> float | None:
                 process.kill()
                 break
             time.sleep(_LOOK_SECONDS)
+    except psutil.NoSuchProcess:
+        return worked if worked is not None and worked < seconds else None
     return worked
 
 

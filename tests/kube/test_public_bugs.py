@@ -11,7 +11,6 @@ import pytest
 from objects import cluster_job, documents, ended, file, pod, small_job, worker_job
 
 from sonoforge_operator.api import Workers, parse_job, parse_runtime
-from sonoforge_operator.cluster.command import _State
 from sonoforge_operator.cluster.facts import Objects, facts
 from sonoforge_operator.cluster.freshness import STALE_SECONDS, Freshness
 from sonoforge_operator.cluster.handlers import Wiring
@@ -19,6 +18,7 @@ from sonoforge_operator.cluster.jobs import Site
 from sonoforge_operator.cluster.metrics import Metrics
 from sonoforge_operator.cluster.names import Key
 from sonoforge_operator.cluster.pods import PodPlan, pod_template
+from sonoforge_operator.cluster.probes import State
 from sonoforge_operator.cluster.queue import Queue
 from sonoforge_operator.cluster.reconciler import Reconciler
 from sonoforge_operator.cluster.store import Store
@@ -443,7 +443,7 @@ def test_kopf_1145_an_operator_that_works_on_and_watches_no_more_is_not_healthy(
     freshness = Freshness(None, store, ("n",), metrics, lambda kind, key: None, steady=lambda: now[0])  # type: ignore[arg-type]
     reconciler = Reconciler(None, store, None, Site(default_image="", operator_namespace="n"), metrics)  # type: ignore[arg-type]
     queue = Queue(clock=lambda: now[0])
-    state = _State(freshness, queue, reconciler, metrics, None, stuck_seconds=300.0, started=True)  # type: ignore[arg-type]
+    state = State(freshness, queue, reconciler, metrics, None, stuck_seconds=300.0, started=True)  # type: ignore[arg-type]
     assert state.healthy
     now[0] = STALE_SECONDS + 1
     assert state.stuck == 0.0

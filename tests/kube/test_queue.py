@@ -7,11 +7,11 @@ import itertools
 
 import pytest
 
-from sonoforge_operator.cluster.command import _State
 from sonoforge_operator.cluster.freshness import Freshness
 from sonoforge_operator.cluster.jobs import Site
 from sonoforge_operator.cluster.metrics import Metrics
 from sonoforge_operator.cluster.names import Key
+from sonoforge_operator.cluster.probes import State
 from sonoforge_operator.cluster.queue import Queue, back_off
 from sonoforge_operator.cluster.reconciler import Reconciler
 from sonoforge_operator.cluster.store import Store
@@ -261,7 +261,7 @@ def test_an_operator_whose_jobs_wait_long_is_healthy_as_long_as_passes_end():
     q = Queue(clock=lambda: now[0])
     freshness = Freshness(None, store, ("n",), metrics, lambda kind, key: None, steady=lambda: 0.0)
     reconciler = Reconciler(None, store, None, Site(default_image="", operator_namespace="n"), metrics)
-    state = _State(freshness, q, reconciler, metrics, None, stuck_seconds=300.0, started=True)
+    state = State(freshness, q, reconciler, metrics, None, stuck_seconds=300.0, started=True)
 
     seen = []
 

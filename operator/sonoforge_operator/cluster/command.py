@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
+from collections.abc import Awaitable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -19,8 +19,6 @@ from typing import NoReturn
 import click
 import kopf
 import structlog
-from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from sonoforge_operator.cluster.api_client import JOBS, Api, ApiError
 from sonoforge_operator.cluster.coordinators import DEFAULT_URL, Coordinators
@@ -31,6 +29,7 @@ from sonoforge_operator.cluster.leadership import Leadership, LeadershipLostErro
 from sonoforge_operator.cluster.logs import configure
 from sonoforge_operator.cluster.metrics import Metrics
 from sonoforge_operator.cluster.port import ClusterPort
+from sonoforge_operator.cluster.probes import State, probes
 from sonoforge_operator.cluster.queue import Queue
 from sonoforge_operator.cluster.reconciler import Reconciler
 from sonoforge_operator.cluster.store import Store, key_of
@@ -224,8 +223,8 @@ async def serve(options: Options) -> None:
             timing=options.timing,
         )
         api.may_write = lambda: leadership.left > 0
-        state = _State(freshness, queue, reconciler, metrics, api, options.stuck_seconds)
-        async with _probes(options, state):
+        state = State(freshness, queue, reconciler, metrics, api, options.stuck_seconds)
+        async with probes(state, options.host, options.port):
             if not await _first(told.wait(), leadership.win()):
                 return
             metrics.leading.set(1)
@@ -257,30 +256,7 @@ async def _hold_or_end(leadership: Leadership) -> None:
         os._exit(_LOST)
 
 
-@dataclass
-class _State:
-    """What probes and metrics look at."""
-
-    freshness: Freshness
-    queue: Queue
-    reconciler: Reconciler
-    metrics: Metrics
-    api: Api
-    stuck_seconds: float
-    started: bool = False
-
-    @property
-    def healthy(self) -> bool:
-        """Whether the watches are fresh and passes are made. A replica that waits for the Lease is."""
-        return not self.started or (self.freshness.fresh and self.stuck < self.stuck_seconds)
-
-    @property
-    def stuck(self) -> float:
-        """Seconds for which a pass lasts or none ended. How long jobs wait says how many there are, and no more."""
-        return max(self.queue.idle, self.reconciler.longest)
-
-
-async def _work(options: Options, state: _State, wiring: Wiring, told: asyncio.Event) -> None:
+async def _work(options: Options, state: State, wiring: Wiring, told: asyncio.Event) -> None:
     """Learn what is there, then watch and make passes until cancelled."""
     freshness, store = state.freshness, wiring.store
     began = time.monotonic()
@@ -344,41 +320,6 @@ async def _end(tasks: Iterable[asyncio.Task[object]]) -> None:
         if not left:
             return
     log.error("tasks-left", count=len(left))
-
-
-@contextlib.asynccontextmanager
-async def _probes(options: Options, state: _State) -> AsyncIterator[None]:
-    """Serve /healthz, /readyz and /metrics."""
-    if not options.port:
-        yield
-        return
-
-    async def health(_: web.Request) -> web.Response:
-        return web.json_response(
-            {"watchAgeSeconds": round(state.freshness.age, 1), "stuckSeconds": round(state.stuck, 1)},
-            status=200 if state.healthy else 503,
-        )
-
-    async def ready(_: web.Request) -> web.Response:
-        return web.json_response({"leading": state.started}, status=200 if state.started else 503)
-
-    async def metrics(_: web.Request) -> web.Response:
-        shown = state.metrics
-        shown.queue_depth.set(state.queue.depth)
-        shown.queue_seconds.set(state.queue.oldest)
-        shown.watch_age.set(state.freshness.age)
-        shown.api_writes.set(state.api.writes)
-        return web.Response(body=generate_latest(shown.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    app = web.Application()
-    app.add_routes([web.get("/healthz", health), web.get("/readyz", ready), web.get("/metrics", metrics)])
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, options.host, options.port).start()
-        yield
-    finally:
-        await runner.cleanup()
 
 
 def _pod_namespace() -> str:
