@@ -107,7 +107,7 @@ def pod_template(
     if plan.ready_path:
         container["readinessProbe"] = {
             "httpGet": {"path": plan.ready_path, "port": "http"},
-            "periodSeconds": 2,
+            "periodSeconds": 1,  # workers that lost their coordinator find the new one once it is ready
             "timeoutSeconds": 2,
         }
     spec: Manifest = {
