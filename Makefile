@@ -22,14 +22,18 @@ demo: $(VENV)/ready ## From nothing to an evaluated model: phantoms, a real S3 s
 demo-cluster: $(VENV)/ready cluster-programs cluster-packages ## The same on three real nodes of a Kubernetes cluster on this machine, from its images
 	@$(BIN)/python tests/cluster/demo.py
 
+# They need the machine for themselves, and addresses that other tests use too.
+NODE_TESTS := tests/cluster/test_nodes.py tests/cluster/test_real_life.py tests/cluster/test_chart_on_nodes.py \
+	tests/cluster/test_node_faults.py tests/cluster/test_air_gap.py
+
 .PHONY: test
-test: $(VENV)/ready check cluster-programs test-packages ## Everything CI checks: format, lint, types, import rules, tests
-	SONOFORGE_CLUSTER=required $(BIN)/pytest --numprocesses=2 --dist=loadfile
+test: $(VENV)/ready check cluster-programs test-packages cluster-packages ## Everything CI checks: format, lint, types, import rules, tests
+	SONOFORGE_CLUSTER=required $(BIN)/pytest --numprocesses=2 --dist=loadfile $(NODE_TESTS:%=--ignore=%)
+	SONOFORGE_CLUSTER=required SONOFORGE_NODES=wanted $(BIN)/pytest $(NODE_TESTS)
 
 .PHONY: test-nodes
 test-nodes: $(VENV)/ready cluster-programs cluster-packages ## Tests on real nodes, with images and containers (Linux, root, Debian packages)
-	SONOFORGE_CLUSTER=required SONOFORGE_NODES=required $(BIN)/pytest tests/cluster/test_nodes.py \
-		tests/cluster/test_real_life.py tests/cluster/test_node_faults.py tests/cluster/test_air_gap.py
+	SONOFORGE_CLUSTER=required SONOFORGE_NODES=required $(BIN)/pytest $(NODE_TESTS)
 
 .PHONY: check
 check: $(VENV)/ready ## Format, lint, types and import rules, without tests

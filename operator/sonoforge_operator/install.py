@@ -20,6 +20,7 @@ LABELS = {"app.kubernetes.io/name": NAME, "app.kubernetes.io/part-of": "sonoforg
 _KEY_FOLDER = "/etc/sonoforge/key"
 _USER = 65532
 _PORT = 8080
+_LOST_NODE_SECONDS = 30
 _READ = ["get", "list", "watch"]
 _MANAGE = [*_READ, "create", "patch", "delete"]
 _KEEP = ["get", "list", "create", "patch"]
@@ -159,6 +160,11 @@ def _deployment(*, cluster_wide: bool) -> Manifest:
                 "automountServiceAccountToken": True,
                 "enableServiceLinks": False,
                 "terminationGracePeriodSeconds": 15,
+                # Kubernetes would leave it on a lost node for five minutes more.
+                "tolerations": [
+                    {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": _LOST_NODE_SECONDS}
+                    for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+                ],
                 "securityContext": {
                     "runAsNonRoot": True,
                     "runAsUser": _USER,

@@ -55,6 +55,12 @@ def find() -> tuple[Path, Path] | None:
     return folders if all(each.is_dir() for each in folders) else None
 
 
+def built_at() -> float | None:
+    """Unix time at which the newest of the programs was built here; None where one is missing."""
+    folders = [_folder(HERE / "components" / part) for part in ("", "kwok", "coredns")]
+    return max(each.stat().st_mtime for each in folders) if all(each.is_dir() for each in folders) else None
+
+
 def find_helm() -> dict[int, Path] | None:
     """The helm programs by their major version, or None where one of them is not built."""
     found = {major: _folder(_helm(major)) / "helm" for major in HELMS}

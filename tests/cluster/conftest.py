@@ -69,7 +69,7 @@ def control_plane(programs: tuple[Path, Path], tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def real_site(programs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealSite]:
     """The session's real nodes, with operator, S3 and data. Who breaks a node mends it."""
-    packages.require(pytest.skip, pytest.fail)
+    packages.require(pytest.skip, pytest.fail, built=binaries.built_at())
     coredns = binaries.find_coredns()
     assert coredns, "it is built with the other programs"
     with open_site(programs[0], coredns, tmp_path_factory.mktemp("real")) as site:

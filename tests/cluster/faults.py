@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from typing import Any
 
 import psutil
 from control_plane import API_SERVER, ETCD
@@ -48,7 +49,7 @@ Strike = Callable[[RealSite, str], Fault]
 
 def kill_process(site: RealSite, name: str) -> Fault:
     """SIGKILL for a process that trains; its agent, which is the container, goes on."""
-    pod = site.pods(name, "worker")[0]
+    pod = _alive(site.pods(name, "worker"))[0]
     (agent,) = site.cluster.node(pod["spec"]["nodeName"]).pids_of(pod["metadata"]["uid"])
     workers = [p for p in psutil.Process(agent).children(recursive=True) if _is_forked(p)]
     assert workers, "a process trains in every pod"
@@ -69,7 +70,8 @@ def delete_coordinator(site: RealSite, name: str) -> Fault:
 def kill_operator(site: RealSite, name: str) -> Fault:
     """SIGKILL for the operator; the kubelet starts it again."""
     del name
-    (pod,) = site.operator_pods()
+    site.wait_for(lambda: _alive(site.operator_pods()), "an operator runs", _WAIT_SECONDS)
+    pod = _alive(site.operator_pods())[0]
     for pid in site.cluster.node(pod["spec"]["nodeName"]).pids_of(pod["metadata"]["uid"]):
         psutil.Process(pid).kill()
     return Fault()
@@ -169,7 +171,7 @@ def cut_power(site: RealSite, name: str) -> Fault:
 
 def cut_coordinators_node(site: RealSite, name: str) -> Fault:
     """The cable of the node with the coordinator, which has a worker too."""
-    (pod,) = site.pods(name, "coordinator")
+    (pod,) = _alive(site.pods(name, "coordinator"))
     return _pulled(site, site.cluster.node(pod["spec"]["nodeName"]))
 
 
@@ -302,9 +304,14 @@ def restart_etcd(site: RealSite, name: str) -> Fault:
 def plain_node(site: RealSite, name: str) -> Node:
     """A node with a worker of the job and neither its coordinator nor the operator."""
     others = {pod["spec"].get("nodeName") for pod in (*site.pods(name, "coordinator"), *site.operator_pods())}
-    names = sorted({pod["spec"]["nodeName"] for pod in site.pods(name, "worker")} - others)
+    names = sorted({pod["spec"]["nodeName"] for pod in _alive(site.pods(name, "worker"))} - others)
     assert names, "three nodes, and two pods to keep away from"
     return site.cluster.node(names[0])
+
+
+def _alive(pods: list[Any]) -> list[Any]:
+    """Those that run and were not told to end; after a lost node there are others."""
+    return [p for p in pods if p["status"].get("phase") == "Running" and "deletionTimestamp" not in p["metadata"]]
 
 
 def _pulled(site: RealSite, node: Node) -> Fault:
@@ -318,7 +325,7 @@ def _pulled(site: RealSite, node: Node) -> Fault:
 
 
 def _delete_pod(site: RealSite, name: str, part: str) -> Fault:
-    pod = site.pods(name, part)[0]["metadata"]["name"]
+    pod = _alive(site.pods(name, part))[0]["metadata"]["name"]
     site.kubectl("delete", "pod", pod, "--wait=false")
     return Fault()
 

@@ -33,6 +33,7 @@ from sonoforge_trainer.contract import ContractError, Progress
 from sonoforge_trainer.storage.server import BUCKET, REGION, S3Server
 
 ROOT = Path(__file__).parents[2]
+_INSTALL = ROOT / "manifests" / "install.yaml"
 NAMESPACE = "research"
 DATA = f"s3://{BUCKET}/phantoms"
 _OPERATOR_KEY = b"a key of the tests that is 32 bytes long"
@@ -77,8 +78,17 @@ class RealSite:
             self.runtime(),
             _SUITE,
         )
-        self.kubectl("apply", "--server-side", f"--filename={ROOT / 'manifests' / 'install.yaml'}")
+        self.install_operator()
+
+    def install_operator(self) -> None:
+        """Apply `manifests/install.yaml`. Back once the operator leads."""
+        self.kubectl("apply", "--server-side", f"--filename={_INSTALL}")
         self.wait_for(self._operator_ready, "the operator is ready", 120)
+
+    def uninstall_operator(self) -> None:
+        """Delete what `manifests/install.yaml` brought, and wait until it is gone."""
+        self.kubectl("delete", f"--filename={_INSTALL}", "--wait")
+        self.wait_for(lambda: not self.operator_pods(), "the operator is gone", 120)
 
     def make_data(self, train: int = 240, evaluation: int = 120) -> None:
         """Phantoms to train on and to evaluate with, in S3."""

@@ -38,7 +38,7 @@ class Watch:
         found: list[Progress] = []
 
         def met() -> bool:
-            progress = self._read()
+            progress = self.read()
             if progress is None or not condition(progress):
                 time.sleep(0.05)
                 return False
@@ -48,7 +48,8 @@ class Watch:
         self._site.wait_for(met, f"{self._job}: {what}", seconds)
         return found[0]
 
-    def _read(self) -> Progress | None:
+    def read(self) -> Progress | None:
+        """What the coordinator says, or None where none answers."""
         progress = progress_at(self._address, self._uid) if self._address else None
         if progress is None:
             pods = [p["status"].get("podIP") for p in self._site.pods(self._job, "coordinator") if _alive(p)]

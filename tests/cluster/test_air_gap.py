@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import binaries
 import packages
 import pytest
 from containerd import Containerd
@@ -34,7 +35,7 @@ def commands(start: str) -> list[str]:
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The archive as somebody inside has it, unpacked as the page says."""
-    packages.require(pytest.skip, pytest.fail)
+    packages.require(pytest.skip, pytest.fail, built=binaries.built_at())
     store()  # builds the images
     inside = tmp_path_factory.mktemp("inside")
     archive = inside / f"sonoforge-{release()}-images.tar"

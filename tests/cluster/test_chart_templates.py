@@ -129,6 +129,18 @@ def test_images_are_named_by_tag_or_digest(helm: Helm, image, reference):
     assert f"--image={reference.format(version=version).replace(repository, 't')}" in made["args"]
 
 
+@pytest.mark.parametrize("given", [[], [{"key": "node.kubernetes.io/unreachable", "operator": "Exists"}]])
+def test_the_operator_leaves_a_lost_node_after_half_a_minute_unless_something_else_is_said(
+    helm: Helm, given: list[Manifest]
+):
+    found = pod(helm.render({"tolerations": given}))["tolerations"]
+    seconds = {toleration["key"]: toleration.get("tolerationSeconds") for toleration in found}
+    assert seconds == {
+        "node.kubernetes.io/not-ready": 30,
+        "node.kubernetes.io/unreachable": None if given else 30,
+    }
+
+
 def test_pods_get_what_a_cluster_asks_of_them(helm: Helm):
     toleration = {"key": "control-plane", "operator": "Exists", "effect": "NoSchedule"}
     made = helm.render(
@@ -149,7 +161,7 @@ def test_pods_get_what_a_cluster_asks_of_them(helm: Helm):
     assert spec["imagePullSecrets"] == [{"name": "registry"}]
     assert container(made)["imagePullPolicy"] == "Never"
     assert (spec["priorityClassName"], spec["nodeSelector"]) == ("platform", {"pool": "cpu"})
-    assert spec["tolerations"] == [toleration]
+    assert spec["tolerations"][0] == toleration
     template = one(made, "Deployment")["spec"]["template"]["metadata"]
     assert template["annotations"] == {"a.example/b": "c"}
     assert "team" not in template["labels"]

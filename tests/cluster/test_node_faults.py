@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import node_faults
 import pytest
+import scenarios
 import wrong_jobs
 from real_site import RealSite
 
 pytestmark = pytest.mark.timeout(1800)
-SCENARIOS = {scenario.number: scenario for scenario in node_faults.SCENARIOS}
+SCENARIOS = {each.number: each for each in scenarios.SCENARIOS}
 WRONG_JOBS = {wrong.number: wrong for wrong in wrong_jobs.WRONG_JOBS}
 
 
 @pytest.fixture(scope="module")
-def calm(real_site: RealSite, tmp_path_factory: pytest.TempPathFactory) -> node_faults.Undisturbed:
+def calm(real_site: RealSite, tmp_path_factory: pytest.TempPathFactory) -> scenarios.Undisturbed:
     """Jobs that are left alone."""
-    return node_faults.Undisturbed(real_site, tmp_path_factory.mktemp("calm"))
+    return scenarios.Undisturbed(real_site, tmp_path_factory.mktemp("calm"))
 
 
 @pytest.mark.parametrize("number", ["2", "4", "6"])
 def test_after_a_fault_the_job_ends_as_if_nothing_had_been(
-    number: str, real_site: RealSite, calm: node_faults.Undisturbed, tmp_path: Path
+    number: str, real_site: RealSite, calm: scenarios.Undisturbed, tmp_path: Path
 ) -> None:
-    recovery, differs = node_faults.run(real_site, SCENARIOS[number], calm, tmp_path)
+    recovery, differs = scenarios.play(real_site, SCENARIOS[number], calm, tmp_path)
     assert differs == []
-    assert recovery.lost_steps <= node_faults.EVERY + 1, "no step is lost beyond the last checkpoint plus one"
+    assert recovery.lost_steps <= scenarios.EVERY + 1, "no step is lost beyond the last checkpoint plus one"
 
 
 @pytest.mark.parametrize("number", ["12c", "12e"])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from faults import kill_operator
 from real_site import RealSite, job, secret
 
 _SECONDS = 300
@@ -22,6 +23,8 @@ class WrongJob:
     """What its status has to say: the reason of Failed, or of Scheduled where the pods never run."""
     change: Callable[[dict[str, Any], dict[str, Any]], None]
     """Spoils the spec of the job, or that of its runtime."""
+    without_operator: bool = False
+    """Whether the operator is killed once the job has a phase."""
 
     @property
     def object_name(self) -> str:
@@ -60,13 +63,17 @@ def _spoilt_data(spec: dict[str, Any], runtime: dict[str, Any]) -> None:
     spec["training"]["data"]["shards"] = spec["training"]["data"]["shards"].replace("/train/", "/spoilt/")
 
 
-WRONG_JOBS = (
+_SINGLE = (
     WrongJob("12a", "torch has no room for a tensor", "OutOfMemory", _huge_head),
     WrongJob("12b", "the cgroup's memory is spent", "OutOfMemory", _small_cgroup),
     WrongJob("12c", "image that is not there", "ImagePull", _no_image),
     WrongJob("12d", "wrong credentials of the storage", "Storage", _no_key),
     WrongJob("12e", "more GPUs than any node has", "Unschedulable", _many_gpus),
     WrongJob("10b", "shards corrupted in S3, never repaired", "Data", _spoilt_data),
+)
+WRONG_JOBS = (
+    *_SINGLE,
+    *(replace(w, number=f"13-{w.number}", name=f"{w.name}; operator killed", without_operator=True) for w in _SINGLE),
 )
 
 
@@ -80,6 +87,9 @@ def play(site: RealSite, wrong: WrongJob) -> str:
     site.spoil_copy_of_data()
     site.apply(manifest)
     try:
+        if wrong.without_operator:
+            site.wait_for(lambda: site.phase(wrong.object_name), f"{wrong.name}: it has a phase", _SECONDS)
+            kill_operator(site, wrong.object_name)
         site.wait_for(lambda: _lasting(site, wrong), f"{wrong.name}: {wrong.reason}", _SECONDS)
         return _reason(site, wrong)
     finally:

@@ -1,0 +1,72 @@
+"""The chart on real nodes: its operator comes, changes and goes while three pods train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helm import CHART, Helm
+from outcomes import differences, outcome_of
+from real_site import NAMESPACE, RealSite, job
+from recovery import Watch
+from scenarios import is_over
+
+pytestmark = pytest.mark.timeout(1800)
+JOB, STEPS, EVERY = "charted", 300, 60
+PATIENCE_SECONDS = 300
+
+
+@pytest.fixture
+def site(real_site: RealSite) -> Iterator[RealSite]:
+    """The real nodes without an operator, which is installed again at the end."""
+    real_site.uninstall_operator()
+    yield real_site
+    real_site.install_operator()
+
+
+@pytest.fixture
+def release(site: RealSite, newest_helm: Helm) -> Callable[..., str]:
+    """Run helm with the release of the site's namespace: `release("install", str(CHART))`."""
+    helm = newest_helm.at(site.cluster.control_plane.kubeconfig)
+    where = (f"--namespace={NAMESPACE}", "--wait", "--timeout=3m")
+    return lambda what, *arguments: helm.run(what, "sonoforge", *arguments, *where)
+
+
+def test_three_pods_train_on_while_their_operator_is_upgraded_rolled_back_uninstalled_and_installed_again(
+    site: RealSite, release: Callable[..., str], tmp_path: Path
+) -> None:
+    release("install", str(CHART), "--take-ownership")  # the CRDs are there
+    site.apply(job(JOB, steps=STEPS, every=EVERY))
+    watch = Watch(site, JOB)
+    watch.wait_until(lambda p: p.nodes == 3 and p.step > 0, "three workers step", PATIENCE_SECONDS)
+    before = lives(site)
+    assert len(before) == 4, "three workers and a coordinator"
+
+    def undisturbed(after: str, operators: int) -> None:
+        site.wait_for(lambda: len(site.operator_pods()) == operators, f"{operators} operators", PATIENCE_SECONDS)
+        now = watch.wait_until(lambda p: p.step > 0, "it answers", PATIENCE_SECONDS)
+        watch.wait_until(lambda p: p.step > now.step, f"a step after {after}", PATIENCE_SECONDS)
+        assert lives(site) == before, after
+
+    release("upgrade", str(CHART), "--set=replicas=2", "--set=podAnnotations.changed=yes")
+    undisturbed("upgrade", 2)
+    release("rollback", "1")
+    undisturbed("rollback", 1)
+    release("uninstall")
+    undisturbed("uninstall", 0)
+    release("install", str(CHART))
+    undisturbed("a new install", 1)
+
+    site.wait_for(lambda: is_over(site, JOB), f"{JOB} is done", PATIENCE_SECONDS)
+    found = outcome_of(site, JOB, tmp_path)
+    assert differences(found, found, steps=STEPS) == []
+    status = site.status(JOB)
+    assert (status["attempt"], status["restartsTotal"]) == (1, 0)
+    release("uninstall")
+
+
+def lives(site: RealSite) -> dict[str, int]:
+    """Pods of the job that train, by uid, and how often each was started again."""
+    pods = [*site.pods(JOB, "worker"), *site.pods(JOB, "coordinator")]
+    return {p["metadata"]["uid"]: p["status"]["containerStatuses"][0]["restartCount"] for p in pods}
