@@ -76,6 +76,14 @@ def real_site(programs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
         yield site
 
 
+@pytest.fixture
+def bare_site(real_site: RealSite) -> Iterator[RealSite]:
+    """The real nodes without an operator, which is installed again afterwards."""
+    real_site.uninstall_operator()
+    yield real_site
+    real_site.install_operator()
+
+
 @pytest.fixture(scope="session")
 def kwok(programs: tuple[Path, Path], control_plane: ControlPlane) -> Iterator[Kwok]:
     """The session's kwok, for tests that add nodes of their own kind."""

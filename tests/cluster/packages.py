@@ -25,6 +25,7 @@ PROGRAMS = {
     "iptables": "iptables",
     "mmdebstrap": "mmdebstrap",
     "nsenter": "util-linux",
+    "openssl": "openssl",
     "runc": "runc",
 }
 """Packages of Debian for real nodes, by the program that is wanted of them."""

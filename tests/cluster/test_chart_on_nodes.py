@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,43 +10,35 @@ from helm import CHART, Helm
 from outcomes import differences, outcome_of
 from real_site import NAMESPACE, RealSite, job
 from recovery import Watch
-from scenarios import is_over
+from scenarios import SECONDS, is_over
 
 pytestmark = pytest.mark.timeout(1800)
-JOB, STEPS, EVERY = "charted", 300, 60
-PATIENCE_SECONDS = 300
+JOB, STEPS, EVERY = "charted", 800, 200
 
 
 @pytest.fixture
-def site(real_site: RealSite) -> Iterator[RealSite]:
-    """The real nodes without an operator, which is installed again at the end."""
-    real_site.uninstall_operator()
-    yield real_site
-    real_site.install_operator()
-
-
-@pytest.fixture
-def release(site: RealSite, newest_helm: Helm) -> Callable[..., str]:
+def release(bare_site: RealSite, newest_helm: Helm) -> Callable[..., str]:
     """Run helm with the release of the site's namespace: `release("install", str(CHART))`."""
-    helm = newest_helm.at(site.cluster.control_plane.kubeconfig)
+    helm = newest_helm.at(bare_site.cluster.control_plane.kubeconfig)
     where = (f"--namespace={NAMESPACE}", "--wait", "--timeout=3m")
     return lambda what, *arguments: helm.run(what, "sonoforge", *arguments, *where)
 
 
 def test_three_pods_train_on_while_their_operator_is_upgraded_rolled_back_uninstalled_and_installed_again(
-    site: RealSite, release: Callable[..., str], tmp_path: Path
+    bare_site: RealSite, release: Callable[..., str], tmp_path: Path
 ) -> None:
+    site = bare_site
     release("install", str(CHART), "--take-ownership")  # the CRDs are there
     site.apply(job(JOB, steps=STEPS, every=EVERY))
     watch = Watch(site, JOB)
-    watch.wait_until(lambda p: p.nodes == 3 and p.step > 0, "three workers step", PATIENCE_SECONDS)
+    watch.wait_until(lambda p: p.nodes == 3 and p.step > 0, "three workers step", SECONDS)
     before = lives(site)
     assert len(before) == 4, "three workers and a coordinator"
 
     def undisturbed(after: str, operators: int) -> None:
-        site.wait_for(lambda: len(site.operator_pods()) == operators, f"{operators} operators", PATIENCE_SECONDS)
-        now = watch.wait_until(lambda p: p.step > 0, "it answers", PATIENCE_SECONDS)
-        watch.wait_until(lambda p: p.step > now.step, f"a step after {after}", PATIENCE_SECONDS)
+        site.wait_for(lambda: len(site.operator_pods()) == operators, f"{operators} operators", SECONDS)
+        now = watch.wait_until(lambda p: p.step > 0, "it answers", SECONDS)
+        watch.wait_until(lambda p: p.step > now.step, f"a step after {after}", SECONDS)
         assert lives(site) == before, after
 
     release("upgrade", str(CHART), "--set=replicas=2", "--set=podAnnotations.changed=yes")
@@ -58,7 +50,7 @@ def test_three_pods_train_on_while_their_operator_is_upgraded_rolled_back_uninst
     release("install", str(CHART))
     undisturbed("a new install", 1)
 
-    site.wait_for(lambda: is_over(site, JOB), f"{JOB} is done", PATIENCE_SECONDS)
+    site.wait_for(lambda: is_over(site, JOB), f"{JOB} is done", SECONDS)
     found = outcome_of(site, JOB, tmp_path)
     assert differences(found, found, steps=STEPS) == []
     status = site.status(JOB)
