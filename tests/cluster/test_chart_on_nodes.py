@@ -13,7 +13,7 @@ from recovery import Watch
 from scenarios import SECONDS, is_over
 
 pytestmark = pytest.mark.timeout(1800)
-JOB, STEPS, EVERY = "charted", 800, 200
+JOB, STEPS, EVERY = "charted", 600, 200
 
 
 @pytest.fixture
