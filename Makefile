@@ -23,8 +23,8 @@ demo-cluster: $(VENV)/ready cluster-programs cluster-packages ## The same on thr
 	@$(BIN)/python tests/cluster/demo.py
 
 # They need the machine for themselves, and addresses that other tests use too.
-NODE_TESTS := tests/cluster/test_nodes.py tests/cluster/test_real_life.py tests/cluster/test_quickstart.py \
-	tests/cluster/test_chart_on_nodes.py tests/cluster/test_node_faults.py tests/cluster/test_air_gap.py
+NODE_TESTS := tests/cluster/test_nodes.py tests/cluster/test_node_faults.py tests/cluster/test_quickstart.py \
+	tests/cluster/test_chart_on_nodes.py tests/cluster/test_air_gap.py
 
 .PHONY: test
 test: $(VENV)/ready check cluster-programs test-packages cluster-packages ## Everything CI checks: format, lint, types, import rules, tests

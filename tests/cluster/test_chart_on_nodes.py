@@ -34,6 +34,7 @@ def test_three_pods_train_on_while_their_operator_is_upgraded_rolled_back_uninst
     watch.wait_until(lambda p: p.nodes == 3 and p.step > 0, "three workers step", SECONDS)
     before = lives(site)
     assert len(before) == 4, "three workers and a coordinator"
+    assert {p["spec"]["nodeName"] for p in site.pods(JOB, "worker")} == {node.name for node in site.cluster.nodes}
 
     def undisturbed(after: str, operators: int) -> None:
         site.wait_for(lambda: len(site.operator_pods()) == operators, f"{operators} operators", SECONDS)
@@ -53,6 +54,7 @@ def test_three_pods_train_on_while_their_operator_is_upgraded_rolled_back_uninst
     site.wait_for(lambda: is_over(site, JOB), f"{JOB} is done", SECONDS)
     found = outcome_of(site, JOB, tmp_path)
     assert differences(found, found, steps=STEPS) == []
+    assert len(found.results) == 1 + STEPS // EVERY
     status = site.status(JOB)
     assert (status["attempt"], status["restartsTotal"]) == (1, 0)
     release("uninstall")

@@ -20,7 +20,7 @@ def calm(real_site: RealSite, tmp_path_factory: pytest.TempPathFactory) -> scena
     return scenarios.Undisturbed(real_site, tmp_path_factory.mktemp("calm"))
 
 
-@pytest.mark.parametrize("number", ["2", "4", "6"])
+@pytest.mark.parametrize("number", ["4", "6"])
 def test_after_a_fault_the_job_ends_as_if_nothing_had_been(
     number: str, real_site: RealSite, calm: scenarios.Undisturbed, tmp_path: Path
 ) -> None:

@@ -115,7 +115,7 @@ def person(bare_site: RealSite, tmp_path: Path) -> Iterator[Person]:
     yield Person(bare_site, tmp_path)
     plane = bare_site.cluster.control_plane
     plane.kubectl("delete", f"--filename={ROOT / 'manifests' / 'install-cluster.yaml'}", "--ignore-not-found")
-    plane.kubectl("delete", "namespace", OPERATOR, JOBS, "--ignore-not-found")
+    plane.kubectl("delete", "namespace", OPERATOR, JOBS, "--ignore-not-found", "--wait=false")
 
 
 def test_the_page_leads_from_an_empty_cluster_to_a_job_that_is_resized_suspended_finished_and_deleted(
