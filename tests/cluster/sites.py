@@ -14,7 +14,8 @@ import yaml
 from control_plane import ControlPlane
 from kubernetes import client
 from operators import OperatorProcess, grant, own_namespace
-from played import Played, Switchboard
+from played import Played
+from played_coordinators import Switchboard
 from test_life import JOB
 
 OURS = "app.kubernetes.io/managed-by=sonoforge"

@@ -20,7 +20,8 @@ from helm import CHART, MONITORING, Helm, HelmError, Manifest
 from kubernetes import client, config
 from kwok import Kwok
 from operators import OperatorProcess, apply_crds
-from played import Played, Switchboard
+from played import Played
+from played_coordinators import Switchboard
 from sites import KINDS
 from test_life import JOB
 

@@ -17,7 +17,8 @@ import pytest
 import yaml
 from lives import Killer, Lives, end_state
 from operators import apply_crds, grant
-from played import Played, Switchboard
+from played import Played
+from played_coordinators import Switchboard
 from test_life import JOB
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from operators import OperatorProcess, apply_crds, grant
-from played import Played, Switchboard
+from played import Played
+from played_coordinators import Switchboard
 
 JOB = """
 apiVersion: sonoforge.dev/v1alpha1

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from operators import OperatorProcess, grant, own_namespace
-from played import Played, Switchboard
+from played import Played
+from played_coordinators import Switchboard
 from test_life import JOB
 
 from sonoforge_operator.cluster.plugin import main

@@ -13,7 +13,8 @@ import pytest
 from components import wait_for
 from fault_proxy import FaultProxy
 from operators import OperatorProcess, grant, own_namespace, through
-from played import Played, Switchboard
+from played import Played
+from played_coordinators import Switchboard
 from test_life import JOB
 
 UIDS = "--output=jsonpath={.items[*].metadata.uid}"
