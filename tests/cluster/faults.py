@@ -196,8 +196,9 @@ def preempt(site: RealSite, name: str) -> Fault:
     site.apply(_PRIORITY, runtime, manifest)
 
     def mend() -> None:
-        site.wait_for(lambda: site.phase(urgent) == "Succeeded", f"{urgent} is done", _WAIT_SECONDS)
-        site.kubectl("delete", "pj", urgent, "--ignore-not-found", "--wait=false")
+        if site.kubectl("get", "pj", urgent, "--ignore-not-found"):
+            site.wait_for(lambda: site.phase(urgent) == "Succeeded", f"{urgent} is done", _WAIT_SECONDS)
+            site.kubectl("delete", "pj", urgent)
 
     return Fault(mend)
 

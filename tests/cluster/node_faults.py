@@ -65,6 +65,9 @@ def main() -> int:
                     told(scenario.number, f"| {scenario.number} | {scenario.name} | – | – | – | – | no |", [str(error)])
                 else:
                     told(scenario.number, row(scenario, recovery, differs), differs)
+            if wanted("16"):
+                chaos = random_faults.play(site, calm, minutes=options.random, seed=options.seed, folder=folder)
+                told("16", random_row(options.random, options.seed, chaos), chaos.wrong)
             for each in filter(lambda w: wanted(w.number), wrong_jobs.WRONG_JOBS):
                 try:
                     reason = wrong_jobs.play(site, each)
@@ -79,9 +82,6 @@ def main() -> int:
             if wanted("plain"):
                 for number, text in plain_rows(PlainTorchrun(site)):
                     told(number, text, [])
-            if wanted("16"):
-                chaos = random_faults.play(site, calm, minutes=options.random, seed=options.seed, folder=folder)
-                told("16", random_row(options.random, options.seed, chaos), chaos.wrong)
     return 1 if wrong else 0
 
 

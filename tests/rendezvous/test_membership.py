@@ -1,5 +1,6 @@
 """The membership in the store: JSON, in order, aged by what is heard, and seeded again."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -9,7 +10,16 @@ from hypothesis import strategies as st
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousStateError
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousSettings
 
-from sonoforge_trainer.membership import Membership, MembershipHolder, Node, decode, drop, drop_address, encode
+from sonoforge_trainer.membership import (
+    Membership,
+    MembershipHolder,
+    Node,
+    decode,
+    drop,
+    drop_address,
+    encode,
+    lose,
+)
 from sonoforge_trainer.rendezvous import Timeouts
 from sonoforge_trainer.store_link import (
     ATTEMPT_KEY,
@@ -90,6 +100,7 @@ def test_the_state_is_json_that_anybody_can_read():
     assert encode(state) == (
         '{"lineage":"abc","round":4,"complete":true,"deadline":null,"closed":false,'
         '"participants":[["10.0.0.9",1,5,0],["10.0.0.10",1,3,1]],"waiting":[["10.0.0.11",1,1]],"redundant":[],'
+        '"awaited_round":-1,"awaited":[],'
         '"heartbeats":[["10.0.0.9",1,5,1767323045.678901],["10.0.0.10",1,3,1767323045.678901],'
         '["10.0.0.11",1,1,1767323045.678901]]}'
     )
@@ -107,10 +118,12 @@ def test_a_state_survives_the_store(participants, waiting, moment, round_, close
     state.participants = {node: rank for rank, node in enumerate(participants)}
     state.wait_list = waiting
     state.last_heartbeats = dict.fromkeys(participants | waiting, moment)
+    state.awaited_round, state.awaited = round_ + 1, set(participants)
     again = decode(encode(state).encode())
     assert (again.round, again.closed, again.deadline) == (round_, closed, moment)
     assert (again.participants, again.wait_list) == (state.participants, waiting)
     assert again.last_heartbeats == state.last_heartbeats
+    assert (again.awaited_round, again.awaited) == (round_ + 1, participants)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +181,61 @@ def test_the_coordinator_drops_a_lost_address_and_only_that(link):
     left = decode(link.get(membership_key("a")))
     assert set(left.participants) == {FIRST, THIRD}
     assert left.wait_list == set()
+
+
+def test_a_state_of_an_agent_that_awaits_nobody_is_read():
+    document = json.loads(encode(complete(FIRST, SECOND)))
+    del document["awaited_round"], document["awaited"]
+    again = decode(json.dumps(document).encode())
+    assert (again.awaited_round, again.awaited) == (-1, set())
+
+
+def lost_by_heartbeat(link):
+    clock = Clock()
+    mine = holder(link, FIRST, clock)
+    for _ in range(8):
+        mine.sync()
+        clock.now += 1
+        beat(link, THIRD, clock.now)
+    mine.sync()
+    mine.mark_dirty()
+    mine.sync()
+
+
+@pytest.mark.parametrize("happens", [lost_by_heartbeat, lambda link: drop_address(link, SECOND.addr)])
+def test_after_a_loss_the_next_round_waits_for_those_who_are_left_and_for_nobody_else(link, happens):
+    written(link, complete(FIRST, SECOND, THIRD))
+    happens(link)
+    state = decode(link.get(membership_key("a")))
+    assert (state.awaited_round, state.awaited) == (5, {FIRST, THIRD})
+
+    def last_call(*present):
+        state.round, state.complete, state.deadline = 5, False, datetime.now(UTC) + timedelta(minutes=1)
+        state.participants = dict.fromkeys(present, 0)
+        state.last_heartbeats = dict.fromkeys(present, datetime.now(UTC))
+        written(link, state)
+        mine = holder(link, FIRST)
+        mine.sync()
+        return mine.state.deadline > datetime.now(UTC)
+
+    assert last_call(FIRST), "THIRD is not here yet"
+    assert not last_call(FIRST, THIRD)
+    state.awaited_round = 4
+    assert last_call(FIRST, THIRD), "another round"
+
+
+def test_who_leaves_by_itself_may_come_back_in_the_last_call(link):
+    state = complete(FIRST, SECOND, THIRD)
+    drop(state, [SECOND])
+    assert (state.awaited_round, state.awaited) == (-1, set())
+
+
+def test_two_losses_in_one_round_leave_those_who_are_there_after_both():
+    state = complete(FIRST, SECOND, THIRD)
+    lose(state, [SECOND])
+    drop(state, [FIRST])  # it goes to the next round
+    lose(state, [THIRD])
+    assert (state.awaited_round, state.awaited) == (5, {FIRST})
 
 
 def test_a_store_that_nobody_joined_takes_no_loss(link):

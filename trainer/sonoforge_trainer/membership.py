@@ -15,7 +15,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -53,11 +53,17 @@ class Node(_NodeDesc):
 
 
 class Membership(_RendezvousState):
-    """torch's rendezvous state plus `lineage`, which tells a state from one that was begun anew in an empty store."""
+    """torch's rendezvous state plus what torch does not know.
+
+    `lineage` tells a state from one that was begun anew in an empty store. `awaited` are those who are left of a round
+    that lost a node: once they are all in the next one, `awaited_round`, nobody else is waited for.
+    """
 
     def __init__(self, lineage: str = "") -> None:
         super().__init__()
         self.lineage = lineage or uuid.uuid4().hex
+        self.awaited_round = -1
+        self.awaited: set[_NodeDesc] = set()
 
 
 def encode(state: Membership) -> str:
@@ -76,6 +82,8 @@ def encode(state: Membership) -> str:
             "participants": [[n.addr, n.pid, n.local_id, rank] for n, rank in sorted(state.participants.items())],
             "waiting": listed(state.wait_list),
             "redundant": listed(state.redundancy_list),
+            "awaited_round": state.awaited_round,
+            "awaited": listed(state.awaited),
             "heartbeats": [
                 [n.addr, n.pid, n.local_id, t.timestamp()] for n, t in sorted(state.last_heartbeats.items())
             ],
@@ -104,6 +112,9 @@ def decode(raw: bytes) -> Membership:
         state.participants = {node(entry): int(entry[3]) for entry in document["participants"]}
         state.wait_list = {node(entry) for entry in document["waiting"]}
         state.redundancy_list = {node(entry) for entry in document["redundant"]}
+        # Not written by every version; a coordinator may be newer than the agents.
+        state.awaited_round = int(document.get("awaited_round", -1))
+        state.awaited = {node(entry) for entry in document.get("awaited", ())}
         state.last_heartbeats = {node(e): datetime.fromtimestamp(e[3], UTC) for e in document["heartbeats"]}
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, OSError) as error:
         raise RendezvousStateError("the membership in the store is not readable; start a new attempt") from error
@@ -130,6 +141,18 @@ def drop(state: Membership, gone: Iterable[_NodeDesc], minimum: RendezvousSettin
         state.round += 1
 
 
+def lose(state: Membership, lost: Collection[_NodeDesc], minimum: RendezvousSettings | None = None) -> None:
+    """Take nodes out of a state that did not leave by themselves, and have the next round wait for the others alone.
+
+    Whoever takes their place soon has come by now: a loss is known only after seconds of silence.
+    """
+    if state.complete and state.awaited_round <= state.round and any(node in state.participants for node in lost):
+        state.awaited_round = state.round + 1
+        state.awaited = {*state.participants, *state.wait_list}
+    state.awaited.difference_update(lost)
+    drop(state, lost, minimum)
+
+
 def drop_address(link: StoreLink, address: str) -> int:
     """Take the nodes at an address out of the newest attempt, so that its survivors form anew at once.
 
@@ -144,7 +167,7 @@ def drop_address(link: StoreLink, address: str) -> int:
         gone = [node for node in state.last_heartbeats if node.addr == address]
         if not gone:
             raise RendezvousStateError("no node at this address has joined")
-        drop(state, gone)
+        lose(state, gone)
         changed = encode(state)
         if link.swap(key, raw, changed) == changed.encode():
             return len(gone)
@@ -221,6 +244,7 @@ class MembershipHolder(_RendezvousStateHolder):
             self._state = Membership()
         self._token = current
         self._drop_dead()
+        self._end_last_call()
         if accepted:
             self._link.set(ATTEMPT_KEY, self._settings.run_id)
         return accepted
@@ -255,6 +279,18 @@ class MembershipHolder(_RendezvousStateHolder):
             for node, stamp in heartbeats.items()
         }
         dead = [node for node, (_, since) in self._seen.items() if now - since > silence and node != self._node]
+        lose(self._state, dead, self._settings)
         if self._state.complete and self._state.round <= self._left_round and self._node in self._state.participants:
-            dead.append(self._node)
-        drop(self._state, dead, self._settings)
+            drop(self._state, [self._node], self._settings)
+
+    def _end_last_call(self) -> None:
+        """Wait for nobody else once all who are left of a round that lost a node are here."""
+        state, now = self._state, datetime.now(UTC)
+        if (
+            not state.complete
+            and state.round == state.awaited_round
+            and self._node in state.awaited
+            and state.awaited <= state.participants.keys()
+            and state.deadline is not None
+        ):
+            state.deadline = min(state.deadline, now)

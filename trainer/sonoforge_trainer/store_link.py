@@ -25,6 +25,8 @@ ACKNOWLEDGED_KEY = "sonoforge/acknowledged"
 """Identities of the requests that were carried out: a JSON list, written by rank 0 alone."""
 
 _RETRY_SECONDS = 1.0
+_CONNECT_SECONDS = 2.0
+"""A connection that takes longer is to a node that is gone; the next may reach the coordinator that took its place."""
 
 
 def membership_key(attempt: str) -> str:
@@ -115,7 +117,7 @@ class StoreLink:
 
     def _connect(self, wait_seconds: float) -> TCPStore:
         # torch retries a refused connection until its time is up; a plain connection fails at once.
-        socket.create_connection((self._host, self._port), timeout=self._timeout_seconds).close()
+        socket.create_connection((self._host, self._port), timeout=min(_CONNECT_SECONDS, self._timeout_seconds)).close()
         return TCPStore(self._host, self._port, is_master=False, timeout=timedelta(seconds=wait_seconds))
 
     def _call(self, operation: Callable[[TCPStore], Any]) -> Any:
