@@ -30,14 +30,19 @@ _PRIORITY = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fault:
     """Something that was broken."""
 
-    mend: Callable[[], None] = lambda: None
-    """Mends it; harmless where it is mended."""
+    way_back: Callable[[], None] = lambda: None
+    """Mends it."""
     node: str = ""
     """The node that nobody reaches now."""
+
+    def mend(self) -> None:
+        """Mend it, once."""
+        way_back, self.way_back = self.way_back, lambda: None
+        way_back()
 
 
 Strike = Callable[[RealSite, str], Fault]
@@ -68,13 +73,25 @@ def delete_coordinator(site: RealSite, name: str) -> Fault:
 
 
 def kill_operator(site: RealSite, name: str) -> Fault:
-    """SIGKILL for the operator; the kubelet starts it again."""
+    """SIGKILL for the operator; the kubelet starts it again, and mending it gives it a pod that was never killed.
+
+    In a pod that was killed often, it would be started again after minutes only.
+    """
     del name
-    site.wait_for(lambda: _alive(site.operator_pods()), "an operator runs", _WAIT_SECONDS)
-    pod = _alive(site.operator_pods())[0]
-    for pid in site.cluster.node(pod["spec"]["nodeName"]).pids_of(pod["metadata"]["uid"]):
+
+    def processes() -> list[int]:
+        pods = _alive(site.operator_pods())
+        return [pid for p in pods for pid in site.cluster.node(p["spec"]["nodeName"]).pids_of(p["metadata"]["uid"])]
+
+    site.wait_for(processes, "an operator runs", _WAIT_SECONDS)
+    for pid in processes():
         psutil.Process(pid).kill()
-    return Fault()
+
+    def mend() -> None:
+        for pod in _alive(site.operator_pods()):
+            site.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false")
+
+    return Fault(mend)
 
 
 def with_operator(strike: Strike) -> Strike:
@@ -82,8 +99,17 @@ def with_operator(strike: Strike) -> Strike:
 
     def both(site: RealSite, name: str) -> Fault:
         fault = strike(site, name)
-        kill_operator(site, name)
-        return fault
+        try:
+            operator = kill_operator(site, name)
+        except BaseException:
+            fault.mend()
+            raise
+
+        def mend() -> None:
+            fault.mend()
+            operator.mend()
+
+        return Fault(mend, fault.node)
 
     return both
 
@@ -141,14 +167,19 @@ def drain(site: RealSite, name: str) -> Fault:
     node = plain_node(site, name)
     other = next(each for each in site.cluster.nodes if each != node)
     plane = site.cluster.control_plane
-    add_gpus(plane, other.name, 2)
-    plane.kubectl("drain", node.name, "--delete-emptydir-data", "--force", "--timeout=120s")
 
     def mend() -> None:
         plane.kubectl("uncordon", node.name)
         add_gpus(plane, other.name, 1)
 
-    return Fault(mend)
+    fault = Fault(mend)
+    add_gpus(plane, other.name, 2)
+    try:
+        plane.kubectl("drain", node.name, "--delete-emptydir-data", "--force", "--timeout=120s")
+    except BaseException:
+        fault.mend()
+        raise
+    return fault
 
 
 def pull_cable(site: RealSite, name: str) -> Fault:
@@ -196,9 +227,8 @@ def preempt(site: RealSite, name: str) -> Fault:
     site.apply(_PRIORITY, runtime, manifest)
 
     def mend() -> None:
-        if site.kubectl("get", "pj", urgent, "--ignore-not-found"):
-            site.wait_for(lambda: site.phase(urgent) == "Succeeded", f"{urgent} is done", _WAIT_SECONDS)
-            site.kubectl("delete", "pj", urgent)
+        site.wait_for(lambda: site.phase(urgent) == "Succeeded", f"{urgent} is done", _WAIT_SECONDS)
+        site.kubectl("delete", "pj", urgent, "--wait=false")
 
     return Fault(mend)
 
@@ -220,9 +250,6 @@ def suspend(site: RealSite, name: str) -> Fault:
         site.kubectl("patch", "pj", name, "--type=merge", f'--patch={{"spec":{{"suspend":{wish}}}}}')
 
     def resume() -> None:
-        if resumed:
-            return
-        resumed.append(name)
         try:
             site.wait_for(lambda: site.phase(name) == "Suspended", f"{name} has released its nodes", _WAIT_SECONDS)
             ends = [record for record in records(site, name) if record.get("event") == "stopped"]
@@ -230,7 +257,6 @@ def suspend(site: RealSite, name: str) -> Fault:
         finally:
             ask("false")
 
-    resumed: list[str] = []
     ask("true")
     return Fault(resume)
 

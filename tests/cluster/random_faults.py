@@ -40,7 +40,7 @@ class Chaos:
 
 def play(site: RealSite, calm: Undisturbed, *, minutes: float, seed: int, folder: Path) -> Chaos:
     """Break one thing after the other while jobs train, one job after the other, until the minutes are over."""
-    calm.of(LONG)
+    undisturbed = calm.of(LONG)
     draw = random.Random(seed)
     chaos = Chaos()
     deadline = time.monotonic() + minutes * 60
@@ -51,12 +51,12 @@ def play(site: RealSite, calm: Undisturbed, *, minutes: float, seed: int, folder
         try:
             _break_often(site, name, draw, deadline, chaos)
             site.wait_for(lambda name=name: is_over(site, name), f"{name} is done", SECONDS)
+            differs = differences(undisturbed, outcome_of(site, name, folder / name), steps=LONG)
+            chaos.wrong += [f"{name}: {each}" for each in differs]
         except FAILURES as error:
             chaos.wrong.append(f"{name}: {error}")
-        else:
-            differs = differences(calm.of(LONG), outcome_of(site, name, folder / name), steps=LONG)
-            chaos.wrong += [f"{name}: {each}" for each in differs]
-        site.kubectl("delete", "pj", name, "--wait=false")
+        finally:
+            site.kubectl("delete", "pj", name, "--wait=false")
     return chaos
 
 

@@ -34,7 +34,7 @@ from faults import (
 from outcomes import Outcome, differences, outcome_of
 from real_site import RealSite, job
 from recovery import Recovery, Watch
-from worker_logs import first_after
+from worker_logs import first_after, last_step
 
 STEPS, EVERY, FAULT_AT = 90, 30, 40
 """Steps of a job, steps between checkpoints, and the step after which something breaks: between two checkpoints."""
@@ -46,7 +46,7 @@ SECONDS = 600
 """For so long a job is waited for."""
 AFTER_NEXT_STEP = "after the next step"
 AT_ONCE = "at once"
-FAILURES = (TimeoutError, AssertionError, subprocess.CalledProcessError, psutil.Error)
+FAILURES = (TimeoutError, AssertionError, LookupError, ValueError, subprocess.CalledProcessError, psutil.Error)
 """A scenario that was not got over is told, and the next one is played."""
 
 Mending = Literal["at once", "at the end", "after the next step"] | float
@@ -107,14 +107,15 @@ def play(site: RealSite, scenario: Scenario, calm: Undisturbed, folder: Path) ->
     """Play a scenario. What it cost, and what was wrong with the result."""
     name = f"fault-{scenario.number}"
     site.apply(job(name, steps=scenario.steps, every=EVERY))
-    watch = Watch(site, name)
-    recovery, fault = strike_and_measure(site, watch, name, scenario)
     try:
-        site.wait_for(lambda: is_over(site, name), f"{name} is done", SECONDS)
+        recovery, fault = strike_and_measure(site, Watch(site, name), name, scenario)
+        try:
+            site.wait_for(lambda: is_over(site, name), f"{name} is done", SECONDS)
+        finally:
+            fault.mend()
+        found = outcome_of(site, name, folder / name)
     finally:
-        fault.mend()
-    found = outcome_of(site, name, folder / name)
-    site.kubectl("delete", "pj", name, "--wait=false")
+        site.kubectl("delete", "pj", name, "--wait=false")
     return recovery, differences(calm.of(scenario.steps), found, steps=scenario.steps)
 
 
@@ -131,11 +132,14 @@ def strike_and_measure(site: RealSite, watch: Watch, name: str, scenario: Scenar
             "the next step",
             SECONDS,
         )
+        assert scenario.regroups or after.attempt == before.attempt, "the workers go on in their group"
+        formed = first_after(site, name, began, ("group-formed",), without=fault.node) if scenario.regroups else None
+        reached = max(before.step, last_step(site, name, began + formed)) if formed else before.step
         recovery = Recovery(
             noticed=first_after(site, name, began, ("workers-stop", "store-lost"), without=fault.node),
-            formed=first_after(site, name, began, ("group-formed",), without=fault.node) if scenario.regroups else None,
+            formed=formed,
             stepped=after.step_time - began,
-            lost_steps=max(0, before.step - (after.restored_step or 0)) if scenario.regroups else 0,
+            lost_steps=max(0, reached - (after.restored_step or 0)) if scenario.regroups else 0,
         )
         if isinstance(scenario.mended, float):
             time.sleep(max(0.0, began + scenario.mended - time.time()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,13 @@ JOB, STEPS, EVERY = "charted", 600, 200
 
 
 @pytest.fixture
-def release(bare_site: RealSite, newest_helm: Helm) -> Callable[..., str]:
-    """Run helm with the release of the site's namespace: `release("install", str(CHART))`."""
+def release(bare_site: RealSite, newest_helm: Helm) -> Iterator[Callable[..., str]]:
+    """Run helm with the release of the site's namespace: `release("install", str(CHART))`. Nothing of it is left."""
     helm = newest_helm.at(bare_site.cluster.control_plane.kubeconfig)
     where = (f"--namespace={NAMESPACE}", "--wait", "--timeout=3m")
-    return lambda what, *arguments: helm.run(what, "sonoforge", *arguments, *where)
+    yield lambda what, *arguments: helm.run(what, "sonoforge", *arguments, *where)
+    bare_site.kubectl("delete", "pj", JOB, "--ignore-not-found", "--wait=false")
+    helm.run("uninstall", "sonoforge", "--ignore-not-found", *where)
 
 
 def test_three_pods_train_on_while_their_operator_is_upgraded_rolled_back_uninstalled_and_installed_again(
@@ -57,7 +59,6 @@ def test_three_pods_train_on_while_their_operator_is_upgraded_rolled_back_uninst
     assert len(found.results) == 1 + STEPS // EVERY
     status = site.status(JOB)
     assert (status["attempt"], status["restartsTotal"]) == (1, 0)
-    release("uninstall")
 
 
 def lives(site: RealSite) -> dict[str, int]:

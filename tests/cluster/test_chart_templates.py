@@ -129,16 +129,23 @@ def test_images_are_named_by_tag_or_digest(helm: Helm, image, reference):
     assert f"--image={reference.format(version=version).replace(repository, 't')}" in made["args"]
 
 
-@pytest.mark.parametrize("given", [[], [{"key": "node.kubernetes.io/unreachable", "operator": "Exists"}]])
-def test_the_operator_leaves_a_lost_node_after_half_a_minute_unless_something_else_is_said(
-    helm: Helm, given: list[Manifest]
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ([], {"not-ready": 30, "unreachable": 30}),
+        ([{"key": "node.kubernetes.io/unreachable", "operator": "Exists"}], {"not-ready": 30}),
+        ([{"key": "node.kubernetes.io/unreachable", "effect": "NoExecute"}], {"not-ready": 30}),
+        ([{"key": "node.kubernetes.io/unreachable", "effect": "NoSchedule"}], {"not-ready": 30, "unreachable": 30}),
+        ([{"operator": "Exists"}], {"not-ready": 30, "unreachable": 30}),
+    ],
+)
+def test_the_operator_leaves_a_lost_node_after_half_a_minute_unless_its_taints_are_named(
+    helm: Helm, given: list[Manifest], want: dict[str, int]
 ):
     found = pod(helm.render({"tolerations": given}))["tolerations"]
-    seconds = {toleration["key"]: toleration.get("tolerationSeconds") for toleration in found}
-    assert seconds == {
-        "node.kubernetes.io/not-ready": 30,
-        "node.kubernetes.io/unreachable": None if given else 30,
-    }
+    assert found[: len(given)] == given
+    added = {each["key"].removeprefix("node.kubernetes.io/"): each["tolerationSeconds"] for each in found[len(given) :]}
+    assert added == want
 
 
 def test_pods_get_what_a_cluster_asks_of_them(helm: Helm):

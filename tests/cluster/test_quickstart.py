@@ -133,7 +133,10 @@ def test_the_page_leads_from_an_empty_cluster_to_a_job_that_is_resized_suspended
     assert "step" in checkpoints.lower()
 
     resize, suspend, resume = commands(5)
+    before = person.status()["attempt"]
     person.do(resize)
+    person.site.wait_for(lambda: person.status()["attempt"] > before, "a new attempt", SECONDS)
+    person.site.wait_for(lambda: person.status()["nodesText"] == "3/4", "three of four nodes run", SECONDS)
     person.do(suspend)
     person.wait_for("Suspended")
     assert 0 < person.status()["step"] < STEPS

@@ -26,12 +26,18 @@ def records(site: RealSite, job: str, without: str = "") -> Iterator[dict[str, A
                     yield record
 
 
+def last_step(site: RealSite, job: str, moment: float) -> int:
+    """The last step that was logged before a moment (Unix time); 0 where none was, or the node keeps no log of it."""
+    steps = [record["step"] for record in records(site, job) if "loss" in record and _when(record) < moment]
+    return max(steps, default=0)
+
+
 def first_after(site: RealSite, job: str, moment: float, events: Collection[str], without: str = "") -> float | None:
     """Seconds from a moment (Unix time) to the first of such events on another node; None where there is none."""
-    times = [
-        datetime.fromisoformat(record["timestamp"]).timestamp()
-        for record in records(site, job, without)
-        if record.get("event") in events and "timestamp" in record
-    ]
+    times = [_when(record) for record in records(site, job, without) if record.get("event") in events]
     later = [time - moment for time in times if time > moment]
     return min(later) if later else None
+
+
+def _when(record: dict[str, Any]) -> float:
+    return datetime.fromisoformat(record["timestamp"]).timestamp()

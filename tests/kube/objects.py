@@ -59,16 +59,18 @@ def documents() -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(JOB))
 
 
-def file() -> JobFile:
+def file(text: str = JOB) -> JobFile:
     """The same as one job file."""
-    return parse_job_file(JOB, where="job.yaml")
+    return parse_job_file(text, where="job.yaml")
 
 
-def cluster_job(name: str = "fetal.v2", uid: str = "0b8a4d4e-5b0e-4b8e-9f0a-1c2d3e4f5a6b") -> ClusterJob:
+def cluster_job(
+    name: str = "fetal.v2", uid: str = "0b8a4d4e-5b0e-4b8e-9f0a-1c2d3e4f5a6b", *, text: str = JOB
+) -> ClusterJob:
     """The job above in a cluster."""
     return ClusterJob(
         names=Names(Key("research", name), uid),
-        file=file(),
+        file=file(text),
         token_digest="sha256:" + "0" * 64,
         default_image="",
         operator_namespace="sonoforge-system",

@@ -8,7 +8,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objects import cluster_job, file
+from objects import JOB, cluster_job, file
 
 from sonoforge_operator.cluster.desired import (
     checkpoint_object,
@@ -115,6 +115,22 @@ def test_a_coordinator_leaves_a_lost_node_at_once_and_a_worker_after_a_while():
     job = cluster_job()
     assert patience(coordinator(job)) == {0}
     assert patience(worker_job(job, 1, WORKERS)) == {20}
+
+
+@pytest.mark.parametrize(
+    ("toleration", "want"),
+    [
+        ("{key: node.kubernetes.io/unreachable, operator: Exists, effect: NoExecute, tolerationSeconds: 90}", {20, 90}),
+        ("{key: node.kubernetes.io/unreachable, operator: Exists, effect: NoSchedule}", {20, None}),
+        ("{operator: Exists}", {20}),
+    ],
+)
+def test_who_names_the_taints_of_a_lost_node_decides_how_long_a_worker_stays(toleration, want):
+    job = cluster_job(text=JOB.replace("{key: gpu, operator: Exists, effect: NoSchedule}", toleration))
+    tolerations = worker_job(job, 1, WORKERS)["spec"]["template"]["spec"]["tolerations"]
+    assert {
+        t.get("tolerationSeconds") for t in tolerations if t.get("key", "").startswith("node.kubernetes.io/")
+    } == want
 
 
 def test_another_coordinator_avoids_the_node_of_the_one_that_was_taken_away():

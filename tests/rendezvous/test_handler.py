@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters, RendezvousTimeoutError
 
+from sonoforge_trainer.membership import decode, drop_address
 from sonoforge_trainer.rendezvous import create_handler
-from sonoforge_trainer.store_link import serve_store
+from sonoforge_trainer.store_link import StoreLink, membership_key, serve_store
 
 
 def handler(endpoint, **options):
@@ -68,6 +69,74 @@ def test_nodes_exchange_values_in_the_order_of_ranks_and_do_not_wait_for_one_tha
     assert time.monotonic() - began < 5
     assert low.num_nodes_waiting() == 1
     low.shutdown()
+
+
+@pytest.fixture
+def three():
+    """Handlers of three nodes with a last call that no test waits for, in a complete round."""
+    store = serve_store("127.0.0.20", 0)
+    endpoint = f"127.0.0.20:{store.port}"
+
+    def made(number):
+        options = {"first_call_timeout": "90", "last_call_timeout": "90"}
+        return create_handler(RendezvousParameters("sonoforge", endpoint, "a", 1, 3, f"127.0.0.{number}", **options))
+
+    nodes = [made(number) for number in (31, 32, 33)]
+    with ThreadPoolExecutor(4) as pool:
+        assert {info.world_size for info in pool.map(lambda node: node.next_rendezvous(), nodes)} == {3}
+        yield nodes, pool, StoreLink("127.0.0.20", store.port), made
+        for node in nodes:
+            node._stop_heartbeats()
+        nodes[0].shutdown()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def state_in(link):
+    return decode(link.get(membership_key("a")))
+
+
+def test_who_is_left_of_a_loss_forms_a_group_without_a_last_call(three):
+    (first, second, lost), pool, link, _ = three
+    lost._stop_heartbeats()
+    drop_address(link, lost._this_node.addr)
+    wait_until(lambda: first.num_nodes_waiting() and second.num_nodes_waiting())
+    early = pool.submit(first.next_rendezvous)
+    with pytest.raises(TimeoutError):
+        early.result(timeout=3)
+    assert pool.submit(second.next_rendezvous).result(timeout=30).world_size == 2
+    assert early.result(timeout=30).world_size == 2
+
+
+def test_who_comes_in_the_place_of_a_lost_node_before_the_group_has_formed_is_in_it(three):
+    (first, second, lost), pool, link, made = three
+    lost._stop_heartbeats()
+    drop_address(link, lost._this_node.addr)
+    successor = made(34)
+    waiting = pool.submit(successor.next_rendezvous)
+    wait_until(lambda: state_in(link).wait_list)
+    formed = [waiting, pool.submit(first.next_rendezvous), pool.submit(second.next_rendezvous)]
+    assert {future.result(timeout=30).world_size for future in formed} == {3}
+    successor._stop_heartbeats()
+
+
+def test_the_last_call_is_for_the_successor_of_a_node_that_left_by_itself(three):
+    (first, second, left), pool, link, made = three
+    left.leave()
+    wait_until(lambda: first.num_nodes_waiting() and second.num_nodes_waiting())
+    formed = [pool.submit(node.next_rendezvous) for node in (first, second)]
+    wait_until(lambda: len(state_in(link).participants) == 2 and not state_in(link).complete)
+    with pytest.raises(TimeoutError):
+        formed[0].result(timeout=3)
+    successor = made(34)
+    formed.append(pool.submit(successor.next_rendezvous))
+    assert {future.result(timeout=30).world_size for future in formed} == {3}
+    successor._stop_heartbeats()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """The membership in the store: JSON, in order, aged by what is heard, and seeded again."""
 
+import contextlib
 import json
+import socket
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -191,12 +194,19 @@ def test_a_state_of_an_agent_that_awaits_nobody_is_read():
 
 
 def lost_by_heartbeat(link):
+    lost_by_heartbeat_after(link, 20)
+
+
+def lost_by_heartbeat_after(link, seconds):
+    """SECOND falls silent so many seconds after this node connected."""
     clock = Clock()
     mine = holder(link, FIRST, clock)
-    for _ in range(8):
+    for second in range(seconds + 8):
         mine.sync()
         clock.now += 1
         beat(link, THIRD, clock.now)
+        if second < seconds:
+            beat(link, SECOND, clock.now)
     mine.sync()
     mine.mark_dirty()
     mine.sync()
@@ -220,13 +230,20 @@ def test_after_a_loss_the_next_round_waits_for_those_who_are_left_and_for_nobody
 
     assert last_call(FIRST), "THIRD is not here yet"
     assert not last_call(FIRST, THIRD)
-    state.awaited_round = 4
+    state.wait_list = {SECOND}
+    assert last_call(FIRST, THIRD), "SECOND is back and about to join"
+    state.wait_list = set()
+    state.awaited = {THIRD}
+    assert last_call(FIRST, THIRD), "FIRST is new"
+    state.awaited, state.awaited_round = {FIRST, THIRD}, 4
     assert last_call(FIRST, THIRD), "another round"
 
 
-def test_who_leaves_by_itself_may_come_back_in_the_last_call(link):
-    state = complete(FIRST, SECOND, THIRD)
-    drop(state, [SECOND])
+def test_right_after_an_outage_a_silent_node_may_only_be_slower_to_come_back(link):
+    written(link, complete(FIRST, SECOND, THIRD))
+    lost_by_heartbeat_after(link, 4)
+    state = decode(link.get(membership_key("a")))
+    assert set(state.participants) == {FIRST, THIRD}
     assert (state.awaited_round, state.awaited) == (-1, set())
 
 
@@ -321,6 +338,19 @@ def test_a_store_that_is_gone_is_an_error_within_its_time(link, store):
         away.get("k")
     with pytest.raises(RendezvousConnectionError):
         holder(away, FIRST).sync()
+
+
+def test_a_connection_that_nobody_accepts_is_given_up_before_an_answer_would_be():
+    """As to a node that is gone: its address answers nothing, not even that nobody listens."""
+    with socket.create_server(("127.0.0.22", 0), backlog=0) as listener, contextlib.ExitStack() as full:
+        for _ in range(8):
+            one = full.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailableError, match="store failed: TimeoutError"):
+            StoreLink(*listener.getsockname(), timeout_seconds=60).get("k")
+        assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("endpoint", ["", "host", "host:", ":1", "host:0", "host:65536", "host:x"])

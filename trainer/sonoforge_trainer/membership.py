@@ -193,6 +193,7 @@ class MembershipHolder(_RendezvousStateHolder):
         self._dirty = False
         self._synced_at = float("-inf")
         self._connections = 0
+        self._connected_at = float("-inf")
         self._left_round = -1
         self._seen: dict[_NodeDesc, tuple[datetime, float]] = {}
 
@@ -231,6 +232,7 @@ class MembershipHolder(_RendezvousStateHolder):
         reconnected = self._link.connections != self._connections
         if reconnected:
             self._connections = self._link.connections
+            self._connected_at = self._clock()
             self._seen.clear()
         if not current and self._known:
             current = self._seed(b"")
@@ -279,18 +281,17 @@ class MembershipHolder(_RendezvousStateHolder):
             for node, stamp in heartbeats.items()
         }
         dead = [node for node, (_, since) in self._seen.items() if now - since > silence and node != self._node]
-        lose(self._state, dead, self._settings)
+        # After an outage others may only be slower to come back.
+        certain = now - self._connected_at > 2 * silence
+        (lose if certain else drop)(self._state, dead, self._settings)
         if self._state.complete and self._state.round <= self._left_round and self._node in self._state.participants:
             drop(self._state, [self._node], self._settings)
 
     def _end_last_call(self) -> None:
-        """Wait for nobody else once all who are left of a round that lost a node are here."""
-        state, now = self._state, datetime.now(UTC)
-        if (
-            not state.complete
-            and state.round == state.awaited_round
-            and self._node in state.awaited
-            and state.awaited <= state.participants.keys()
-            and state.deadline is not None
-        ):
-            state.deadline = min(state.deadline, now)
+        """Wait for nobody else once all who are left of a round that lost a node are here, and all who came since."""
+        state = self._state
+        if state.complete or state.deadline is None or state.round != state.awaited_round:
+            return
+        expected = state.awaited | state.wait_list | state.redundancy_list
+        if self._node in state.awaited and expected <= state.participants.keys():
+            state.deadline = min(state.deadline, datetime.now(UTC))

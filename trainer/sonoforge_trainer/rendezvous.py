@@ -42,7 +42,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     _RendezvousContext,
 )
 
-from sonoforge_trainer.membership import MembershipHolder, Node
+from sonoforge_trainer.membership import Membership, MembershipHolder, Node
 from sonoforge_trainer.store_link import StoreLink, StoreUnavailableError, finished_key, parse_endpoint, serve_store
 
 BACKEND = "sonoforge"
@@ -247,6 +247,8 @@ class _LeaveOp:
     def __call__(self, ctx: _RendezvousContext, deadline: float) -> _Action:
         if time.monotonic() > deadline:
             return _Action.ERROR_TIMEOUT
+        assert isinstance(ctx.state, Membership)
+        ctx.state.awaited.discard(ctx.node)
         if ctx.node in ctx.state.participants:
             return _Action.REMOVE_FROM_PARTICIPANTS
         if ctx.node in ctx.state.wait_list:

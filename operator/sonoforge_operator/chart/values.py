@@ -267,7 +267,7 @@ class Values(Part):
     node_selector: NodeSelector = {}
     """Labels that the operator's node must have."""
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=32)] = ()
-    """Taints of nodes that its pod puts up with. It leaves a lost node after 30 s, unless they say otherwise."""
+    """Taints of nodes that its pod puts up with. It leaves a lost node after 30 s, unless they name its taints."""
     priority_class_name: OptionalObjectName = ""
     """PriorityClass of the operator's pod. Empty: the cluster's default."""
     pod_annotations: Annotations = {}

@@ -206,11 +206,12 @@ def _tolerations(plan: PodPlan) -> list[Manifest]:
         {name: value for name, value in toleration.document().items() if value not in ("", None)}
         for toleration in plan.settings.tolerations
     ]
-    keys = {toleration.get("key") for toleration in given}
+    # One for all keys is not meant for lost nodes, and of several the shortest holds.
+    named = {t.get("key") for t in given if t.get("effect", "NoExecute") == "NoExecute"}
     return given + [
         {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": plan.unreachable_seconds}
         for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
-        if key not in keys
+        if key not in named
     ]
 
 
