@@ -23,6 +23,8 @@ class Recovery:
     """The next step has ended."""
     lost_steps: int
     """Steps that were done again."""
+    regrouped: bool
+    """Whether the next step was another group's."""
 
 
 class Watch:
