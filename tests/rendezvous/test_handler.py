@@ -113,6 +113,17 @@ def test_who_is_left_of_a_loss_forms_a_group_without_a_last_call(three):
     assert early.result(timeout=30).world_size == 2
 
 
+def test_after_a_loss_nobody_waits_for_a_survivor_that_leaves_by_itself(three):
+    (first, second, lost), pool, link, _ = three
+    lost._stop_heartbeats()
+    drop_address(link, lost._this_node.addr)
+    assert first._this_node in state_in(link).awaited
+    wait_until(second.num_nodes_waiting)
+    second.leave()
+    assert state_in(link).awaited == {first._this_node}
+    assert pool.submit(first.next_rendezvous).result(timeout=30).world_size == 1
+
+
 def test_who_comes_in_the_place_of_a_lost_node_before_the_group_has_formed_is_in_it(three):
     (first, second, lost), pool, link, made = three
     lost._stop_heartbeats()

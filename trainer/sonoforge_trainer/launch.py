@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep-alive", type=float, default=2.0, metavar="SECONDS", help="time between heartbeats")
     add("--keep-alive-misses", type=int, default=3, help="heartbeats missed before a node counts as lost")
     add("--first-call", type=float, default=15.0, metavar="SECONDS", help="wait for more nodes than MIN at the start")
-    add("--last-call", type=float, default=5.0, metavar="SECONDS", help="the same later, but after a loss")
+    add("--last-call", type=float, default=5.0, metavar="SECONDS", help="the same later, unless a node was lost")
     add("--join-timeout", type=float, default=900.0, metavar="SECONDS", help="wait for MIN nodes")
     add("--store-outage", type=float, default=600.0, metavar="SECONDS", help="how long to go on without the store")
     add("--shutdown-timeout", type=int, default=30, metavar="SECONDS", help="workers' time to save before SIGKILL")
