@@ -74,8 +74,9 @@ class Place:
         return CheckpointWriter(self.storage, self.uri, IDENTITY, attempt, **options)
 
     def save(self, *steps: int, attempt: str = "A1"):
-        """Commit checkpoints of these steps, and return their references."""
-        writer = self.writer(attempt)
+        """Commit checkpoints of these steps after those that are there, and return their references."""
+        there = self.store().committed()
+        writer = self.writer(attempt, restored=there[-1] if there else None)
         refs = []
         for step in steps:
             assert writer.save(make_snapshot(step))

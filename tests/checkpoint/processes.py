@@ -52,7 +52,8 @@ def forked(function, *args):
 
 def crash_save(settings, uri, step, attempt, at, after):
     """Save one checkpoint, and be killed on the way."""
-    writer = CheckpointWriter(KilledStorage(settings, at, after), uri, IDENTITY, attempt)
+    newest = CheckpointStore(Storage(settings), uri, IDENTITY).committed()[-1]
+    writer = CheckpointWriter(KilledStorage(settings, at, after), uri, IDENTITY, attempt, restored=newest)
     writer.save(make_snapshot(step))
     result = writer.wait(60)
     raise SystemExit(f"not killed: {result}")
@@ -85,15 +86,20 @@ def rank_main(settings, uri, told_port, rank, world_size, attempt, saves, damage
     }
     if damage and damage["kind"] == "kill" and damage["rank"] == rank:
         storage = KilledStorage(settings, damage["write"], damage["after"])
-    previous = loaded and loaded.ref.manifest_digest
-    writer = CheckpointWriter(storage, uri, IDENTITY, attempt, peers, previous=previous, peers_timeout_seconds=timeout)
+    restored = loaded and loaded.ref
+    writer = CheckpointWriter(storage, uri, IDENTITY, attempt, peers, restored=restored, peers_timeout_seconds=timeout)
     if damage and damage["kind"] == "ahead" and damage["rank"] == rank:
         writer.save(make_snapshot(damage["step"]))  # which nobody else saves
+    if damage and damage["kind"] == "superseded" and rank == 0:
+        other = CheckpointWriter(storage, uri, IDENTITY, damage["attempt"], restored=loaded and loaded.ref)
+        other.save(make_snapshot(damage["step"]))
+        other.wait(60)
     results = []
     for step in saves:
         writer.save(make_snapshot(step))
         result = writer.wait(120)
-        results.append({"id": result.ref and result.ref.id, "error": result.error and str(result.error)})
+        error = result.error and f"{type(result.error).__name__}: {result.error}"
+        results.append({"id": result.ref and result.ref.id, "error": error})
     store.set(f"report-{rank}", json.dumps({**report, "results": results}))
 
 

@@ -87,6 +87,16 @@ def test_ranks_that_disagree_whether_to_save_fail_at_once_and_agree_again(proces
     assert [ref.step for ref in folder.store().committed()] == [6]
 
 
+def test_every_rank_learns_that_another_group_committed(processes, place):
+    (first,) = place.save(1)
+    damage = {"kind": "superseded", "attempt": "C3", "step": 3}
+    reports = processes(place, kind="ranks", world_size=2, attempt="B2", saves=[2], damage=damage)
+    for report in reports:
+        assert report["restored"] == first.id
+        assert report["results"][0]["error"].startswith("SupersededError: another process group of this run committed")
+    assert [ref.step for ref in place.store().committed()] == [1, 3]
+
+
 def test_every_rank_ends_with_the_reason_when_the_first_cannot_restore(processes, folder):
     (ref,) = folder.save(1)
     folder.overwrite(f"{ref.uri}/COMMIT", b"no")

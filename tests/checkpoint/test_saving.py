@@ -17,6 +17,7 @@ from sonoforge_trainer.checkpoint import (
     CheckpointWriter,
     ForeignCheckpointError,
     RunIdentity,
+    SupersededError,
     fresh_attempt,
 )
 from sonoforge_trainer.contract import CheckpointManifest, ModelCard, RunConfig, TrainConfig
@@ -112,9 +113,14 @@ def test_committed_lists_oldest_first_and_latest_is_by_step(folder):
 
 def test_of_two_checkpoints_of_a_step_the_one_written_later_is_used(folder, snapshot):
     for attempt, minute in (("B", 1), ("A", 2), ("C", 0)):
-        writer = folder.writer(attempt, clock=lambda minute=minute: datetime(2030, 1, 1, 0, minute, tzinfo=UTC))
+        there = folder.store().load_latest()  # one that restored the other's, and writes the same step all the same
+        writer = folder.writer(
+            attempt,
+            restored=there and there.ref,
+            clock=lambda minute=minute: datetime(2030, 1, 1, 0, minute, tzinfo=UTC),
+        )
         writer.save(snapshot(4))
-        writer.wait(60)
+        assert writer.wait(60).ref
     assert folder.store().load_latest().ref.uri.endswith("/attempt-A")
 
 
@@ -125,7 +131,7 @@ def test_nothing_is_found_where_nothing_was_saved(place):
 
 def test_manifests_form_a_chain(folder, snapshot):
     first, second = folder.save(1, 2)
-    resumed = folder.writer("B", previous=second.manifest_digest)
+    resumed = folder.writer("B", restored=second)
     resumed.save(snapshot(3))
     third = resumed.wait(60).ref
     previous = [
@@ -292,6 +298,36 @@ def test_one_of_two_writers_with_the_same_identity_wins(place, snapshot):
     assert place.store().load_latest().ref == won[0]
     lost = next(result.error for result in results if result.error)
     assert "exists with other content: another process group" in str(lost)
+
+
+@pytest.mark.parametrize("theirs", [3, 4, 9])
+def test_a_group_does_not_commit_beside_one_that_went_on_from_the_same_checkpoint(place, snapshot, theirs):
+    """Both were parted by the network: whichever steps the other committed, these would be in the logs twice."""
+    (began_with,) = place.save(2)
+    parted = place.writer("B", restored=began_with)
+    (newest,) = place.save(theirs, attempt="C")
+    parted.save(snapshot(4))
+    result = parted.wait(60)
+    assert (result.ref, type(result.error)) == (None, SupersededError)
+    assert f"committed step {theirs} since this one began with step 2" in str(result.error)
+    assert place.store().committed() == [began_with, newest]
+
+
+def test_of_two_groups_that_begin_with_nothing_one_commits(folder, snapshot):
+    parted = folder.writer("B")
+    (first,) = folder.save(0)
+    parted.save(snapshot(0))
+    assert "since this one began with nothing" in str(parted.wait(60).error)
+    assert folder.store().committed() == [first]
+
+
+def test_a_checkpoint_that_was_found_damaged_keeps_nobody_from_going_on(folder, snapshot):
+    first, second = folder.save(1, 2)
+    folder.overwrite(f"{second.uri}/teacher.safetensors", b"")
+    assert folder.store().load_latest().ref == first
+    writer = folder.writer("B", restored=first)
+    writer.save(snapshot(2))
+    assert writer.wait(60).ref.step == 2
 
 
 @pytest.mark.parametrize(

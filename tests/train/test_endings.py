@@ -36,6 +36,24 @@ def test_a_signal_to_any_rank_saves_at_a_step_that_all_agree_on(tiny):
         assert tiny.said(name, "worker-failed") == []
 
 
+def test_of_two_groups_that_train_at_once_one_goes_on_and_the_logs_hold_each_step_once(tiny):
+    """The first group is parted from all others while it trains, and comes back when another one has gone on."""
+    config = tiny.config(steps=30, every=10)
+    parted = tiny.start_train(config)
+    tiny.wait_for(lambda: tiny.checkpoints.exists() and 0 in tiny.committed(), "the first checkpoint")
+    parted.send_signal(signal.SIGSTOP)
+    reached = tiny.committed()[-1]
+    assert reached < 30, "it was stopped too late"
+    assert tiny.start("other", "-m", "sonoforge_trainer.train").wait(90) == ExitCode.OK
+    parted.send_signal(signal.SIGCONT)
+    assert parted.wait(90) == ExitCode.FAILED
+    (failed,) = tiny.said("train", "worker-failed")
+    assert failed["cause"] == "collective"
+    assert "another process group of this run committed step" in failed["message"]
+    assert tiny.committed() == [0, 10, 20, 30]
+    assert tiny.logged_steps() == list(range(1, 31))
+
+
 def test_ranks_that_cannot_restore_end_in_consequence_of_the_one_that_tried(tiny):
     config = tiny.config(steps=2)
     assert tiny.run_here(config.model_copy(update={"uid": "another"})) == ExitCode.OK

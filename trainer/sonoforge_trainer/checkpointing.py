@@ -5,7 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from sonoforge_trainer.checkpoint import CheckpointFailedError, CheckpointWriter, SaveResult, Snapshot
+from sonoforge_trainer.checkpoint import (
+    CheckpointFailedError,
+    CheckpointWriter,
+    SaveResult,
+    Snapshot,
+    SupersededError,
+)
 from sonoforge_trainer.contract import CheckpointRef, RunConfig
 from sonoforge_trainer.step import StepReport
 
@@ -94,6 +100,8 @@ class Checkpointing:
     def _collect(self, result: SaveResult | None) -> None:
         if result is None:
             return
+        if isinstance(result.error, SupersededError):
+            raise result.error
         if result.ref is None:
             assert result.error is not None
             self._failures.append(result.error)

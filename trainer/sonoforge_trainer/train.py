@@ -173,7 +173,7 @@ class Run:
             identity,
             attempt,
             peers,
-            previous=restored.manifest_digest if restored else None,
+            restored=restored,
             device=ranks.device,
         )
         exits.callback(self._writer.close)

@@ -15,6 +15,7 @@ from sonoforge_trainer.checkpoint.errors import (
     CheckpointTimeoutError,
     DamagedCheckpointError,
     ForeignCheckpointError,
+    SupersededError,
     UnknownCheckpointError,
 )
 from sonoforge_trainer.checkpoint.identity import RunIdentity, fresh_attempt
@@ -51,6 +52,7 @@ __all__ = [
     "RunIdentity",
     "SaveResult",
     "Snapshot",
+    "SupersededError",
     "UnknownCheckpointError",
     "fresh_attempt",
     "prune",

@@ -49,6 +49,15 @@ class CheckpointFailedError(CheckpointError):
     termination_cause: ClassVar[Cause] = "storage"
 
 
+class SupersededError(CheckpointError):
+    """Another process group of the run has committed since this one restored, as when the network was parted.
+
+    This one commits nothing beside it, and ends; the next restores the newest checkpoint.
+    """
+
+    termination_cause: ClassVar[Cause] = "collective"
+
+
 class CheckpointTimeoutError(CheckpointError):
     """A checkpoint was still uploading when the time to wait for it was over."""
 

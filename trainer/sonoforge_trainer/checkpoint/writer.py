@@ -25,12 +25,12 @@ import structlog
 import torch
 from torch import Tensor
 
-from sonoforge_trainer.checkpoint.errors import CheckpointFailedError, CheckpointTimeoutError
+from sonoforge_trainer.checkpoint.errors import CheckpointFailedError, CheckpointTimeoutError, SupersededError
 from sonoforge_trainer.checkpoint.identity import RunIdentity, utc_text
 from sonoforge_trainer.checkpoint.once import write_once
 from sonoforge_trainer.checkpoint.peers import Board, Peers
 from sonoforge_trainer.checkpoint.staging import HostBuffer
-from sonoforge_trainer.checkpoint.store import PRUNED, manifest_fault, reference
+from sonoforge_trainer.checkpoint.store import PRUNED, CheckpointStore, manifest_fault, reference
 from sonoforge_trainer.checkpoint.tensorfile import deal
 from sonoforge_trainer.contract import (
     COMMIT,
@@ -81,7 +81,7 @@ class SaveResult:
     """Optimiser steps done when it was saved."""
     ref: CheckpointRef | None
     """The committed checkpoint, or None."""
-    error: CheckpointFailedError | None
+    error: CheckpointFailedError | SupersededError | None
     """Why there is none."""
     stall_seconds: float
     """Time that `save` held up this rank."""
@@ -107,8 +107,8 @@ class _Staged:
 class CheckpointWriter:
     """Saves the state of one process group. Its methods belong to the training thread.
 
-    `attempt` identifies the process group: the same on every rank, never used before (`fresh_attempt`). `previous` is
-    the manifest digest of the checkpoint that the run continues from.
+    `attempt` identifies the process group: the same on every rank, never used before (`fresh_attempt`). `restored` is
+    the checkpoint that the run continues from.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class CheckpointWriter:
         attempt: str,
         peers: Peers | None = None,
         *,
-        previous: str | None = None,
+        restored: CheckpointRef | None = None,
         device: torch.device | None = None,
         peers_timeout_seconds: float = 900.0,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -133,14 +133,15 @@ class CheckpointWriter:
         self._identity = identity
         self._attempt = attempt
         self._peers = peers or Peers()
-        self._previous = previous
+        self._previous = restored.manifest_digest if restored else None
+        self._began_with = restored.step if restored else -1
         self._timeout_seconds = peers_timeout_seconds
         self._clock = clock
         device = device or torch.device("cpu")
         self._state_buffer, self._teacher_buffer = HostBuffer(device), HostBuffer(device)
         self._thread: threading.Thread | None = None
         self._step: int | None = None  # of the newest save, which `_failure` says did not work
-        self._failure: CheckpointFailedError | None = None
+        self._failure: CheckpointFailedError | SupersededError | None = None
         self._created = ""  # time of that save
         self._tries: dict[int, int] = {}  # saves of the newest step, so that no try reads the notes of another
         self._outcome_board: Board | None = None  # where the newest outcome is
@@ -155,8 +156,8 @@ class CheckpointWriter:
         """Copy the state and start the upload; the tensors may change as soon as this returns.
 
         False where an upload is in flight: this one is left out and counted. True also where this step is on its way
-        or was saved last; a step that failed is tried again. Raises CheckpointFailedError where the save before failed
-        and its result was not collected.
+        or was saved last; a step that failed is tried again. Raises the error of the save before where that failed and
+        its result was not collected.
         """
         if snapshot.step == self._step and self._failure is None:
             return True
@@ -235,9 +236,13 @@ class CheckpointWriter:
     def _run(self, staged: _Staged, stall_seconds: float) -> None:
         """The upload thread."""
         started = time.perf_counter()
-        ref, failure = None, None
+        ref: CheckpointRef | None = None
+        failure: CheckpointFailedError | SupersededError | None = None
         try:
             ref = self._upload(staged)
+        except SupersededError as error:
+            failure = error
+            _log.error("checkpoint superseded", step=staged.step, error=str(error))
         except Exception as error:  # noqa: BLE001 - whatever it is, it must reach the training thread
             failure = CheckpointFailedError(f"the checkpoint of step {staged.step} was not written: {error}")
             failure.__cause__ = error
@@ -266,7 +271,7 @@ class CheckpointWriter:
                 objects += [StoredObject.parse(stored) for stored in note["objects"]]
             ref = self._commit(staged, objects)
         except Exception as error:
-            board.post(OUTCOME, {"error": str(error)})
+            board.post(OUTCOME, {"error": str(error), "superseded": isinstance(error, SupersededError)})
             raise
         board.post(OUTCOME, {"ref": ref.document()})
         # All parts of this checkpoint are in, so every rank has read the outcome of the one before.
@@ -318,11 +323,26 @@ class CheckpointWriter:
         )
         if fault := manifest_fault(manifest):
             raise CheckpointFailedError(fault)
+        self._require_no_other_group()
         prefix, digest = checkpoint_prefix(self._uri, staged.step, self._attempt), manifest.digest()
         for name, text in ((MANIFEST, manifest.to_json()), (COMMIT, digest)):
             data = memoryview(text.encode())
             write_once(self._storage, f"{prefix}/{name}", data, _sha256(data))
         return reference(prefix, digest, manifest)
+
+    def _require_no_other_group(self) -> None:
+        """Raise SupersededError where another process group of the run has committed since this one restored.
+
+        Two can only train at once when the network was parted. What they compute is the same, but the logs of the run
+        hold each step once only where each checkpoint follows the one before. Two that pass here in the same moment
+        both commit: storage has no lock over several objects.
+        """
+        for prefix in CheckpointStore(self._storage, self._uri).prefixes():
+            if prefix.committed and prefix.attempt != self._attempt and prefix.step > self._began_with:
+                raise SupersededError(
+                    f"another process group of this run committed step {prefix.step} since this one began with "
+                    f"{'nothing' if self._began_with < 0 else f'step {self._began_with}'}; the next goes on from there"
+                )
 
 
 def _sha256(data: memoryview) -> str:
@@ -331,4 +351,4 @@ def _sha256(data: memoryview) -> str:
 
 def _raise_error_of(note: dict[str, Any]) -> None:
     if "error" in note:
-        raise CheckpointFailedError(note["error"])
+        raise (SupersededError if note.get("superseded") else CheckpointFailedError)(note["error"])
