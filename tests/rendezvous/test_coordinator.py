@@ -9,7 +9,16 @@ import pytest
 
 from sonoforge_trainer.contract import Activity, Progress
 from sonoforge_trainer.coordinator_client import ProgressPublisher
-from sonoforge_trainer.store_link import PROGRESS_KEY, REQUESTS_KEY, StoreLink, parse_endpoint
+from sonoforge_trainer.membership import Membership, Node, encode
+from sonoforge_trainer.store_link import (
+    ACKNOWLEDGED_KEY,
+    ATTEMPT_KEY,
+    PROGRESS_KEY,
+    REQUESTS_KEY,
+    StoreLink,
+    membership_key,
+    parse_endpoint,
+)
 
 SAVE = {"kind": "checkpoint", "node": "", "id": "save-1"}
 
@@ -104,6 +113,35 @@ def test_progress_and_requests_outlive_the_coordinator(machines):
         arrived = []
         machines.wait_for(lambda: arrived.extend(successor.requests()) or arrived, 20, "requests again")
         assert [request.id for request in arrived] == ["stop-1"], "what was acknowledged is not done twice"
+
+
+def test_a_node_that_the_others_went_on_without_says_and_takes_nothing(machines):
+    """Its worker may live on, as behind a cable that was plugged in again."""
+    link = StoreLink(*parse_endpoint(machines.store))
+    state = Membership()
+    state.round, state.complete = 4, True
+    state.participants = {Node("10.0.0.2", 1, 1): 0, Node("10.0.0.3", 1, 1): 1}
+    link.set(membership_key("a"), encode(state))
+    link.set(ATTEMPT_KEY, "a")
+    present, gone = Progress(attempt="present", step=9), Progress(attempt="gone", step=7)
+    with (
+        ProgressPublisher(machines.store, address="10.0.0.1", interval_seconds=0.05) as former,
+        ProgressPublisher(machines.store, address="10.0.0.2", interval_seconds=0.05) as publisher,
+    ):
+        former.publish(gone)
+        publisher.publish(present)
+        machines.wait_for(lambda: machines.ask("/progress") == (200, present.document()), 20, "progress")
+        machines.ask("/request", SAVE)
+        arrived = []
+        machines.wait_for(lambda: arrived.extend(publisher.requests()) or arrived, 20, "request")
+        assert former.requests() == []
+        publisher.acknowledge(arrived[0])
+        machines.wait_for(lambda: b"save-1" in link.get(ACKNOWLEDGED_KEY), 20, "acknowledgement")
+    former = ProgressPublisher(machines.store, address="10.0.0.1", interval_seconds=0.05)
+    former.publish(gone)
+    former.close()  # which sends what is newest once more
+    assert machines.ask("/progress") == (200, present.document())
+    assert json.loads(link.get(ACKNOWLEDGED_KEY)) == ["save-1"]
 
 
 def test_the_training_loop_never_waits_for_a_coordinator_that_is_not_there():

@@ -193,26 +193,31 @@ def test_a_state_of_an_agent_that_awaits_nobody_is_read():
     assert (again.awaited_round, again.awaited) == (-1, set())
 
 
-def lost_by_heartbeat(link):
-    lost_by_heartbeat_after(link, 20)
-
-
-def lost_by_heartbeat_after(link, seconds):
-    """SECOND falls silent so many seconds after this node connected."""
+def lost_by_heartbeat(link, *, outage=False, seconds=4):
+    """SECOND falls silent so many seconds after this node connected, for the first time or again after an outage."""
     clock = Clock()
     mine = holder(link, FIRST, clock)
+    mine.sync()
+    if outage:
+        link.connections += 1
     for second in range(seconds + 8):
-        mine.sync()
         clock.now += 1
         beat(link, THIRD, clock.now)
         if second < seconds:
             beat(link, SECOND, clock.now)
+        mine.sync()
     mine.sync()
     mine.mark_dirty()
     mine.sync()
 
 
-@pytest.mark.parametrize("happens", [lost_by_heartbeat, lambda link: drop_address(link, SECOND.addr)])
+def lost_long_after_an_outage(link):
+    lost_by_heartbeat(link, outage=True, seconds=20)
+
+
+@pytest.mark.parametrize(
+    "happens", [lost_by_heartbeat, lost_long_after_an_outage, lambda link: drop_address(link, SECOND.addr)]
+)
 def test_after_a_loss_the_next_round_waits_for_those_who_are_left_and_for_nobody_else(link, happens):
     written(link, complete(FIRST, SECOND, THIRD))
     happens(link)
@@ -241,7 +246,7 @@ def test_after_a_loss_the_next_round_waits_for_those_who_are_left_and_for_nobody
 
 def test_right_after_an_outage_a_silent_node_may_only_be_slower_to_come_back(link):
     written(link, complete(FIRST, SECOND, THIRD))
-    lost_by_heartbeat_after(link, 4)
+    lost_by_heartbeat(link, outage=True)
     state = decode(link.get(membership_key("a")))
     assert set(state.participants) == {FIRST, THIRD}
     assert (state.awaited_round, state.awaited) == (-1, set())

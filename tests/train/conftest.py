@@ -183,7 +183,7 @@ class Tiny:
         addresses = json.loads(file.read_text())
         self.store, self.http = addresses["store"], addresses["http"]
 
-    def start_agent(self, index: int, *, nodes: int, attempt: str = "a") -> subprocess.Popen[bytes]:
+    def start_agent(self, index: int, *, nodes: int | str, attempt: str = "a") -> subprocess.Popen[bytes]:
         """Start the agent of a node, with one worker."""
         return self.start(
             f"agent-{index}",

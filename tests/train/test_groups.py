@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+import psutil
+
 from sonoforge_trainer.contract import Activity, ExitCode
 from sonoforge_trainer.train import Run
 
@@ -51,6 +53,30 @@ def test_a_run_does_what_it_is_asked_and_says_what_it_sees(tiny, spoil):
     assert tiny.said("agent-0", "stopped")[0]["node"] == "127.0.3.1"
     assert {line["rank"] for line in tiny.said("agent-1", "checkpoint committed")} == {"1"}
     assert sorted(steps) == [step for step in range(tiny.committed()[-1]) for _ in range(2)]
+
+
+def test_a_first_rank_that_was_away_does_not_speak_for_the_group_that_went_on(tiny):
+    """A node stands still until the other one trains alone; then its worker goes on, and ends."""
+    tiny.start_coordinator()
+    tiny.write(tiny.config(steps=100_000, every=None, every_seconds=3600))
+    first, other = (tiny.start_agent(index, nodes="1:2") for index in range(2))
+    tiny.wait_for(lambda: tiny.ask("/progress")["nodes"] == 2 and tiny.ask("/progress")["step"] > 4, "steps of both")
+    workers = psutil.Process(first.pid).children(recursive=True)
+    for process in (first, *workers):
+        process.send_signal(signal.SIGSTOP)
+    tiny.wait_for(lambda: tiny.ask("/progress")["nodes"] == 1 and tiny.ask("/progress")["step"] > 4, "steps of one")
+    alone = tiny.ask("/progress")["attempt"]
+    for process in workers:
+        process.send_signal(signal.SIGCONT)
+    seen = set()
+    tiny.wait_for(
+        lambda: seen.add(tiny.ask("/progress")["attempt"]) or tiny.said("agent-0", "worker-failed"), "end of its worker"
+    )
+    later = tiny.ask("/progress")["step"] + 8
+    tiny.wait_for(lambda: seen.add(tiny.ask("/progress")["attempt"]) or tiny.ask("/progress")["step"] > later, "steps")
+    assert seen == {alone}
+    other.send_signal(signal.SIGTERM)
+    assert other.wait(60) == ExitCode.TERMINATED
 
 
 def test_a_group_that_leaves_says_that_it_saves_before_it_waits_for_an_older_upload():

@@ -12,10 +12,12 @@ import structlog
 from sonoforge_trainer.contract import ContractError, Progress, Request
 from sonoforge_trainer.store_link import (
     ACKNOWLEDGED_KEY,
+    ATTEMPT_KEY,
     PROGRESS_KEY,
     REQUESTS_KEY,
     StoreLink,
     StoreUnavailableError,
+    membership_key,
     parse_endpoint,
 )
 
@@ -29,11 +31,13 @@ class ProgressPublisher:
 
     The training loop never waits for the coordinator: `publish`, `requests` and `acknowledge` return at once, and while
     the coordinator is away or being replaced the newest progress is kept and sent when it is back.
-    `endpoint` is HOST:PORT of the store. Use it as a context manager, on rank 0 only.
+    `endpoint` is HOST:PORT of the store. `address` is that of this node among the agents: once the others have gone on
+    without it, this says and takes nothing more. Use it as a context manager, on rank 0 only.
     """
 
-    def __init__(self, endpoint: str, *, interval_seconds: float = 1.0) -> None:
+    def __init__(self, endpoint: str, *, address: str = "", interval_seconds: float = 1.0) -> None:
         self._link = StoreLink(*parse_endpoint(endpoint))
+        self._address = address
         self._interval_seconds = interval_seconds
         self._lock = threading.Lock()
         self._newest: Progress | None = None
@@ -94,6 +98,9 @@ class ProgressPublisher:
                 return
 
     def _exchange(self) -> None:
+        present = _participants(self._link) if self._address else set()
+        if present and self._address not in present:
+            return  # progress and requests are those of the group that formed without this node
         if not self._acknowledged_read:
             known = _strings(self._link.get(ACKNOWLEDGED_KEY))
             with self._lock:
@@ -109,6 +116,17 @@ class ProgressPublisher:
         with self._lock:
             self._pending.extend(arrived)
         self._seen.update(request.id for request in arrived)
+
+
+def _participants(link: StoreLink) -> set[str]:
+    """Addresses of the nodes in the present round of the newest attempt; none where that is not known."""
+    attempt = link.get(ATTEMPT_KEY).decode()
+    try:
+        # `membership.decode` would import torch's rendezvous, which imports ours: a worker needs neither.
+        state = json.loads(link.get(membership_key(attempt)) or b"{}") if attempt else {}
+        return {entry[0] for entry in state.get("participants", ())}
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return set()
 
 
 def read_requests(link: StoreLink) -> list[Request]:

@@ -193,7 +193,7 @@ class MembershipHolder(_RendezvousStateHolder):
         self._dirty = False
         self._synced_at = float("-inf")
         self._connections = 0
-        self._connected_at = float("-inf")
+        self._reconnected_at = float("-inf")
         self._left_round = -1
         self._seen: dict[_NodeDesc, tuple[datetime, float]] = {}
 
@@ -232,7 +232,8 @@ class MembershipHolder(_RendezvousStateHolder):
         reconnected = self._link.connections != self._connections
         if reconnected:
             self._connections = self._link.connections
-            self._connected_at = self._clock()
+            if self._known:
+                self._reconnected_at = self._clock()
             self._seen.clear()
         if not current and self._known:
             current = self._seed(b"")
@@ -282,7 +283,7 @@ class MembershipHolder(_RendezvousStateHolder):
         }
         dead = [node for node, (_, since) in self._seen.items() if now - since > silence and node != self._node]
         # After an outage others may only be slower to come back.
-        certain = now - self._connected_at > 2 * silence
+        certain = now - self._reconnected_at > 2 * silence
         (lose if certain else drop)(self._state, dead, self._settings)
         if self._state.complete and self._state.round <= self._left_round and self._node in self._state.participants:
             drop(self._state, [self._node], self._settings)

@@ -157,7 +157,8 @@ class Run:
         self._manifest = read_manifest(config, storage)
         attempt = ranks.agree("attempt", fresh_attempt())
         endpoint = os.environ.get(ENV_STORE) if ranks.rank == 0 else None
-        publisher = exits.enter_context(ProgressPublisher(endpoint)) if endpoint else None
+        address = os.environ.get("MASTER_ADDR", "")  # of rank 0, as agents know it
+        publisher = exits.enter_context(ProgressPublisher(endpoint, address=address)) if endpoint else None
         self._wishes = Wishes(publisher, attempt)
         self._journal = Journal(config, ranks, attempt, self._manifest, publisher)
         self._journal.publish(Activity.STARTING, self.step)
