@@ -309,7 +309,7 @@ def test_a_group_does_not_commit_beside_one_that_went_on_from_the_same_checkpoin
     parted.save(snapshot(4))
     result = parted.wait(60)
     assert (result.ref, type(result.error)) == (None, SupersededError)
-    assert f"committed step {theirs} since this one began with step 2" in str(result.error)
+    assert f"committed step {theirs}, and this one goes on from step 2" in str(result.error)
     assert place.store().committed() == [began_with, newest]
 
 
@@ -317,8 +317,21 @@ def test_of_two_groups_that_begin_with_nothing_one_commits(folder, snapshot):
     parted = folder.writer("B")
     (first,) = folder.save(0)
     parted.save(snapshot(0))
-    assert "since this one began with nothing" in str(parted.wait(60).error)
+    assert "this one goes on from no checkpoint" in str(parted.wait(60).error)
     assert folder.store().committed() == [first]
+
+
+def test_a_group_that_is_ahead_goes_on_whatever_comes_late(folder, snapshot):
+    """An upload of a group that is gone may end after its successor's."""
+    (began_with,) = folder.save(2)
+    ahead = folder.writer("B", restored=began_with)
+    ahead.save(snapshot(6))
+    assert ahead.wait(60).ref
+    late = folder.writer("A", restored=folder.store().committed()[-1])
+    late.save(snapshot(4))
+    assert late.wait(60).ref
+    ahead.save(snapshot(8))
+    assert ahead.wait(60).ref.step == 8
 
 
 def test_a_checkpoint_that_was_found_damaged_keeps_nobody_from_going_on(folder, snapshot):

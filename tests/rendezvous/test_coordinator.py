@@ -115,33 +115,58 @@ def test_progress_and_requests_outlive_the_coordinator(machines):
         assert [request.id for request in arrived] == ["stop-1"], "what was acknowledged is not done twice"
 
 
+PRESENT, GONE = Progress(attempt="present", step=9), Progress(attempt="gone", step=7)
+
+
+def join(link, attempt, *addresses):
+    """Write that these nodes take part in an attempt, the newest one."""
+    state = Membership()
+    state.round, state.complete = 4, True
+    state.participants = {Node(address, 1, 1): rank for rank, address in enumerate(addresses)}
+    link.set(membership_key(attempt), encode(state))
+    link.set(ATTEMPT_KEY, attempt)
+
+
 def test_a_node_that_the_others_went_on_without_says_and_takes_nothing(machines):
     """Its worker may live on, as behind a cable that was plugged in again."""
     link = StoreLink(*parse_endpoint(machines.store))
-    state = Membership()
-    state.round, state.complete = 4, True
-    state.participants = {Node("10.0.0.2", 1, 1): 0, Node("10.0.0.3", 1, 1): 1}
-    link.set(membership_key("a"), encode(state))
-    link.set(ATTEMPT_KEY, "a")
-    present, gone = Progress(attempt="present", step=9), Progress(attempt="gone", step=7)
+    join(link, "a-1", "10.0.0.2", "10.0.0.3")
     with (
-        ProgressPublisher(machines.store, address="10.0.0.1", interval_seconds=0.05) as former,
-        ProgressPublisher(machines.store, address="10.0.0.2", interval_seconds=0.05) as publisher,
+        ProgressPublisher(machines.store, attempt="a-1", address="10.0.0.1", interval_seconds=0.05) as former,
+        ProgressPublisher(machines.store, attempt="a-1", address="10.0.0.2", interval_seconds=0.05) as publisher,
     ):
-        former.publish(gone)
-        publisher.publish(present)
-        machines.wait_for(lambda: machines.ask("/progress") == (200, present.document()), 20, "progress")
+        former.publish(GONE)
+        publisher.publish(PRESENT)
+        machines.wait_for(lambda: machines.ask("/progress") == (200, PRESENT.document()), 20, "progress")
         machines.ask("/request", SAVE)
         arrived = []
         machines.wait_for(lambda: arrived.extend(publisher.requests()) or arrived, 20, "request")
         assert former.requests() == []
         publisher.acknowledge(arrived[0])
         machines.wait_for(lambda: b"save-1" in link.get(ACKNOWLEDGED_KEY), 20, "acknowledgement")
-    former = ProgressPublisher(machines.store, address="10.0.0.1", interval_seconds=0.05)
-    former.publish(gone)
-    former.close()  # which sends what is newest once more
-    assert machines.ask("/progress") == (200, present.document())
     assert json.loads(link.get(ACKNOWLEDGED_KEY)) == ["save-1"]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "happens", "heard"),
+    [
+        ("a-1", lambda link: join(link, "a-1", "10.0.0.2"), False),
+        ("a-1", lambda link: join(link, "a-1"), False),  # all have left
+        ("a-9", lambda link: join(link, "a-10", "10.0.0.1"), False),
+        ("a-10", lambda link: join(link, "a-9", "10.0.0.2"), True),  # an old agent that is back
+        ("b", lambda link: join(link, "a", "10.0.0.2"), True),  # names without an order
+        ("a-1", lambda link: join(link, "a-1", "10.0.0.1", "10.0.0.2"), True),
+        ("a-1", lambda link: None, True),  # an empty store: its coordinator was replaced
+        ("a-1", lambda link: (link.set(ATTEMPT_KEY, "a-1"), link.set(membership_key("a-1"), "[]")), True),
+        ("", lambda link: join(link, "a-1", "10.0.0.2"), True),  # without agents of ours
+    ],
+)
+def test_who_takes_part_in_the_newest_attempt_is_heard_as_is_who_cannot_know(machines, attempt, happens, heard):
+    happens(StoreLink(*parse_endpoint(machines.store)))
+    publisher = ProgressPublisher(machines.store, attempt=attempt, address="10.0.0.1", interval_seconds=60)
+    publisher.publish(GONE)
+    publisher.close()  # which sends what is newest
+    assert machines.ask("/progress") == (200, GONE.document() if heard else Progress().document())
 
 
 def test_the_training_loop_never_waits_for_a_coordinator_that_is_not_there():

@@ -55,9 +55,9 @@ class Clock:
         return self.now
 
 
-def holder(link, node, clock=None, *, nodes=(1, 3)):
+def holder(link, node, clock=None, *, nodes=(1, 3), attempt="a"):
     timeouts = Timeouts(join=60, first_call=9, last_call=3, close=5, heartbeat=5)
-    settings = RendezvousSettings("a", *nodes, timeouts, timedelta(seconds=2), 3)
+    settings = RendezvousSettings(attempt, *nodes, timeouts, timedelta(seconds=2), 3)
     return MembershipHolder(link, node, settings, clock or Clock())
 
 
@@ -258,6 +258,19 @@ def test_two_losses_in_one_round_leave_those_who_are_there_after_both():
     drop(state, [FIRST])  # it goes to the next round
     lose(state, [THIRD])
     assert (state.awaited_round, state.awaited) == (5, {FIRST})
+
+
+@pytest.mark.parametrize(
+    ("there", "newest"),
+    [("", "x-9"), ("x-8", "x-9"), ("x-10", "x-10"), ("y-10", "x-9"), ("x", "x-9"), ("x-9-10", "x-9")],
+)
+def test_a_node_of_an_old_attempt_does_not_make_it_the_newest(link, there, newest):
+    link.set(ATTEMPT_KEY, there)
+    mine = holder(link, FIRST, attempt="x-9")
+    mine.sync()
+    mine.mark_dirty()
+    assert mine.sync()
+    assert link.get(ATTEMPT_KEY).decode() == newest
 
 
 def test_a_store_that_nobody_joined_takes_no_loss(link):

@@ -17,6 +17,7 @@ from sonoforge_trainer.store_link import (
     REQUESTS_KEY,
     StoreLink,
     StoreUnavailableError,
+    is_later,
     membership_key,
     parse_endpoint,
 )
@@ -31,13 +32,15 @@ class ProgressPublisher:
 
     The training loop never waits for the coordinator: `publish`, `requests` and `acknowledge` return at once, and while
     the coordinator is away or being replaced the newest progress is kept and sent when it is back.
-    `endpoint` is HOST:PORT of the store. `address` is that of this node among the agents: once the others have gone on
-    without it, this says and takes nothing more. Use it as a context manager, on rank 0 only.
+    `endpoint` is HOST:PORT of the store. `attempt` is that of the agents and `address` this node's among them: while
+    the others go on without it, or a later attempt is there, this says and takes nothing. Use it as a context manager,
+    on rank 0 only.
     """
 
-    def __init__(self, endpoint: str, *, address: str = "", interval_seconds: float = 1.0) -> None:
+    def __init__(self, endpoint: str, *, attempt: str = "", address: str = "", interval_seconds: float = 1.0) -> None:
         self._link = StoreLink(*parse_endpoint(endpoint))
-        self._address = address
+        self._attempt, self._address = attempt, address
+        self._replaced = False
         self._interval_seconds = interval_seconds
         self._lock = threading.Lock()
         self._newest: Progress | None = None
@@ -98,9 +101,8 @@ class ProgressPublisher:
                 return
 
     def _exchange(self) -> None:
-        present = _participants(self._link) if self._address else set()
-        if present and self._address not in present:
-            return  # progress and requests are those of the group that formed without this node
+        if self._attempt and self._is_replaced():
+            return
         if not self._acknowledged_read:
             known = _strings(self._link.get(ACKNOWLEDGED_KEY))
             with self._lock:
@@ -117,16 +119,24 @@ class ProgressPublisher:
             self._pending.extend(arrived)
         self._seen.update(request.id for request in arrived)
 
+    def _is_replaced(self) -> bool:
+        """Whether progress and requests are those of a group without this node, as after its cable was pulled."""
+        newest = self._link.get(ATTEMPT_KEY).decode("utf-8", "replace")
+        present = _participants(self._link.get(membership_key(self._attempt)))
+        replaced = is_later(newest, self._attempt) or (present is not None and self._address not in present)
+        if replaced != self._replaced:
+            log.warning("progress-of-another-group" if replaced else "progress-of-this-group")
+        self._replaced = replaced
+        return replaced
 
-def _participants(link: StoreLink) -> set[str]:
-    """Addresses of the nodes in the present round of the newest attempt; none where that is not known."""
-    attempt = link.get(ATTEMPT_KEY).decode()
+
+def _participants(raw: bytes) -> set[str] | None:
+    """Addresses of the nodes in the present round of an attempt; None where that is not known."""
     try:
         # `membership.decode` would import torch's rendezvous, which imports ours: a worker needs neither.
-        state = json.loads(link.get(membership_key(attempt)) or b"{}") if attempt else {}
-        return {entry[0] for entry in state.get("participants", ())}
-    except (ValueError, TypeError, LookupError, AttributeError):
-        return set()
+        return {entry[0] for entry in json.loads(raw)["participants"]} if raw else None
+    except (ValueError, TypeError, LookupError):
+        return None
 
 
 def read_requests(link: StoreLink) -> list[Request]:

@@ -28,7 +28,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     _RendezvousStateHolder,
 )
 
-from sonoforge_trainer.store_link import ATTEMPT_KEY, StoreLink, StoreUnavailableError, membership_key
+from sonoforge_trainer.store_link import ATTEMPT_KEY, StoreLink, StoreUnavailableError, is_later, membership_key
 
 _CACHE_SECONDS = 1.0
 
@@ -249,15 +249,20 @@ class MembershipHolder(_RendezvousStateHolder):
         self._drop_dead()
         self._end_last_call()
         if accepted:
-            self._link.set(ATTEMPT_KEY, self._settings.run_id)
+            self._announce()
         return accepted
+
+    def _announce(self) -> None:
+        """Say that this is the newest attempt, unless a later one is there, as a node of an old one may come back."""
+        if not is_later(self._link.get(ATTEMPT_KEY).decode("utf-8", "replace"), self._settings.run_id):
+            self._link.set(ATTEMPT_KEY, self._settings.run_id)
 
     def _seed(self, over: bytes) -> bytes:
         """Put what this node knows in the place of what the store holds, unless another node was quicker."""
         now = datetime.now(UTC)
         self._state.last_heartbeats = dict.fromkeys(self._state.last_heartbeats, now)
         seeded = self._link.swap(self._key, over, encode(self._state))
-        self._link.set(ATTEMPT_KEY, self._settings.run_id)
+        self._announce()
         return seeded
 
     def _outranks(self, found: Membership) -> bool:

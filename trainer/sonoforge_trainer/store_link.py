@@ -6,6 +6,7 @@ answering blocks for ever, and a connection that broke once stays broken. Values
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch exports it without saying so
 
 ATTEMPT_KEY = "sonoforge/attempt"
-"""Identity of the attempt whose nodes joined last."""
+"""Identity of the newest attempt: of two without an order, the one whose nodes wrote last."""
 PROGRESS_KEY = "sonoforge/progress"
 """The newest `contract.Progress`, JSON."""
 REQUESTS_KEY = "sonoforge/requests"
@@ -24,6 +25,7 @@ REQUESTS_KEY = "sonoforge/requests"
 ACKNOWLEDGED_KEY = "sonoforge/acknowledged"
 """Identities of the requests that were carried out: a JSON list, written by rank 0 alone."""
 
+_NUMBERED = re.compile(r"(.*)-([0-9]{1,9})", re.DOTALL)
 _RETRY_SECONDS = 1.0
 _CONNECT_SECONDS = 2.0
 """A connection that takes longer is to a node that is gone; the next may reach the coordinator that took its place."""
@@ -37,6 +39,12 @@ def membership_key(attempt: str) -> str:
 def finished_key(attempt: str) -> str:
     """The key that is there once the work of an attempt is done."""
     return f"sonoforge/finished/{attempt}"
+
+
+def is_later(attempt: str, other: str) -> bool:
+    """Whether an attempt was begun after another: NAME-2 after NAME-1. Names of another form have no order."""
+    mine, others = _NUMBERED.fullmatch(attempt), _NUMBERED.fullmatch(other)
+    return bool(mine and others and mine[1] == others[1] and int(mine[2]) > int(others[2]))
 
 
 class StoreUnavailableError(ConnectionError):

@@ -31,6 +31,7 @@ from sonoforge_trainer.checkpoint import (
 )
 from sonoforge_trainer.checkpointing import Checkpointing
 from sonoforge_trainer.contract import (
+    ENV_ATTEMPT,
     ENV_CONFIG,
     ENV_IMAGE,
     ENV_STORE,
@@ -138,6 +139,12 @@ def start(state: TrainState, training: TrainConfig, storage: Storage) -> None:
     log.info("started-from-weights", layout=weights.translated.layout, sha256=weights.sha256)
 
 
+def _publisher(endpoint: str) -> ProgressPublisher:
+    """Rank 0's: agents know its node by the address that torchrun gives to all ranks."""
+    attempt, address = os.environ.get(ENV_ATTEMPT, ""), os.environ.get("MASTER_ADDR", "")
+    return ProgressPublisher(endpoint, attempt=attempt, address=address)
+
+
 class Run:
     """One process of one process group, from joining to leaving."""
 
@@ -157,8 +164,7 @@ class Run:
         self._manifest = read_manifest(config, storage)
         attempt = ranks.agree("attempt", fresh_attempt())
         endpoint = os.environ.get(ENV_STORE) if ranks.rank == 0 else None
-        address = os.environ.get("MASTER_ADDR", "")  # of rank 0, as agents know it
-        publisher = exits.enter_context(ProgressPublisher(endpoint, address=address)) if endpoint else None
+        publisher = exits.enter_context(_publisher(endpoint)) if endpoint else None
         self._wishes = Wishes(publisher, attempt)
         self._journal = Journal(config, ranks, attempt, self._manifest, publisher)
         self._journal.publish(Activity.STARTING, self.step)

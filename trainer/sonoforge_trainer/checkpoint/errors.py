@@ -50,7 +50,7 @@ class CheckpointFailedError(CheckpointError):
 
 
 class SupersededError(CheckpointError):
-    """Another process group of the run has committed since this one restored, as when the network was parted.
+    """Another process group of the run has committed a later step than this one, as when the network was parted.
 
     This one commits nothing beside it, and ends; the next restores the newest checkpoint.
     """

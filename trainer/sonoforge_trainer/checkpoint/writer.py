@@ -134,7 +134,7 @@ class CheckpointWriter:
         self._attempt = attempt
         self._peers = peers or Peers()
         self._previous = restored.manifest_digest if restored else None
-        self._began_with = restored.step if restored else -1
+        self._newest_step = restored.step if restored else -1  # of the checkpoints that led here
         self._timeout_seconds = peers_timeout_seconds
         self._clock = clock
         device = device or torch.device("cpu")
@@ -250,7 +250,7 @@ class CheckpointWriter:
         written = sum(len(file) for file in staged.files.values())
         seconds = time.perf_counter() - started
         if ref is not None:
-            self._previous = ref.manifest_digest
+            self._previous, self._newest_step = ref.manifest_digest, ref.step
             _log.info("checkpoint committed", id=ref.id, stall_seconds=stall_seconds, upload_seconds=seconds)
         self._failure = failure
         self._results.append(SaveResult(staged.step, ref, failure, stall_seconds, seconds, written))
@@ -323,25 +323,27 @@ class CheckpointWriter:
         )
         if fault := manifest_fault(manifest):
             raise CheckpointFailedError(fault)
-        self._require_no_other_group()
         prefix, digest = checkpoint_prefix(self._uri, staged.step, self._attempt), manifest.digest()
         for name, text in ((MANIFEST, manifest.to_json()), (COMMIT, digest)):
+            if name == COMMIT:
+                self._require_no_other_group()
             data = memoryview(text.encode())
             write_once(self._storage, f"{prefix}/{name}", data, _sha256(data))
         return reference(prefix, digest, manifest)
 
     def _require_no_other_group(self) -> None:
-        """Raise SupersededError where another process group of the run has committed since this one restored.
+        """Raise SupersededError where another process group of the run has committed a later step than this one.
 
         Two can only train at once when the network was parted. What they compute is the same, but the logs of the run
-        hold each step once only where each checkpoint follows the one before. Two that pass here in the same moment
-        both commit: storage has no lock over several objects.
+        hold each step once only where each checkpoint follows the one before. Storage has no lock over several
+        objects: two groups that pass here before either has written COMMIT, its retries included, both commit.
         """
         for prefix in CheckpointStore(self._storage, self._uri).prefixes():
-            if prefix.committed and prefix.attempt != self._attempt and prefix.step > self._began_with:
+            if prefix.committed and prefix.attempt != self._attempt and prefix.step > self._newest_step:
+                here = f"step {self._newest_step}" if self._newest_step >= 0 else "no checkpoint"
                 raise SupersededError(
-                    f"another process group of this run committed step {prefix.step} since this one began with "
-                    f"{'nothing' if self._began_with < 0 else f'step {self._began_with}'}; the next goes on from there"
+                    f"another process group of this run committed step {prefix.step}, and this one goes on from "
+                    f"{here}; the next group restores the newest checkpoint"
                 )
 
 
