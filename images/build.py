@@ -53,6 +53,7 @@ class Engine:
             stderr=subprocess.PIPE if quiet else None,
             text=True,
             check=False,
+            env={"DOCKER_BUILDKIT": "1", **os.environ},  # docker before 23 builds without it, and then mounts nothing
         )
         if done.returncode:
             raise ImageError(f"{self.program} {arguments[0]} failed\n{(done.stderr or done.stdout or '')[-2000:]}")

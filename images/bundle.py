@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import sys
 import tarfile
@@ -21,6 +22,8 @@ from wheelhouse import ROOT, default_folder
 
 _STATUS = "/var/lib/dpkg/status"
 _SUMS = "SHA256SUMS"
+_NO_FILE = re.compile(r"no such file|could not (find|be found)", re.IGNORECASE)
+"""What podman and docker say of a file that an image does not have."""
 
 
 def write_bundle(engine: Engine, wheelhouse: Path, own: Path, target: Path) -> None:
@@ -77,8 +80,18 @@ def read_file(engine: Engine, tag: str, path: str) -> str:
             return found.read_text() if found.exists() else ""
         finally:
             engine.run("rm", container)
-    command = ["run", "--rm", "--network=none", "--entrypoint=python3", tag, "-c"]
-    return engine.run(*command, f"import pathlib; p = pathlib.Path({path!r}); p.exists() and print(p.read_text())")
+    container = engine.run("create", "--network=none", tag).strip()
+    with tempfile.TemporaryDirectory() as made:
+        copy = Path(made) / "file"
+        try:
+            engine.run("cp", f"{container}:{path}", str(copy), quiet=True)
+        except ImageError as error:
+            if not _NO_FILE.search(str(error)):
+                raise
+            return ""
+        finally:
+            engine.run("rm", container)
+        return copy.read_text()
 
 
 def _files(folder: Path) -> Iterator[Path]:

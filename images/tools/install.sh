@@ -4,10 +4,12 @@
 # Wheels come from the wheelhouse only, and with the digests of the lock. Byte code is compiled here, because the images
 # run with a read-only root; it names no time, so that the same wheels make the same layer.
 set -eu
+# What is imported on the way would be compiled with the time of its source, and then be left as it is.
+export PYTHONDONTWRITEBYTECODE=1
 
 installer=$(echo /wheels/pip-*.whl)
 pip() {
-    PYTHONDONTWRITEBYTECODE=1 python3 "$installer/pip" install --quiet --no-index --no-deps --no-compile \
+    python3 "$installer/pip" install --quiet --no-index --no-deps --no-compile \
         --no-cache-dir --disable-pip-version-check --root-user-action=ignore --break-system-packages "$@"
 }
 
@@ -27,7 +29,7 @@ dependencies)
         rm -f "$site"/torch/lib/libtorch_cuda_linalg.so
     fi
     if [ -e "$site/torch" ]; then
-        PYTHONDONTWRITEBYTECODE=1 python3 -c 'import torch' \
+        python3 -c 'import torch' \
             || { echo "BASE lacks a library that torch needs: glibc and libstdc++, see docs/images.md" >&2; exit 1; }
     fi
     # Some packages carry files of other versions of Python, which do not compile.

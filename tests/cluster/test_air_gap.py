@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import binaries
@@ -77,19 +78,36 @@ def test_a_node_takes_the_images_under_the_names_that_the_manifests_use(unpacked
     assert {f"docker.io/{name}" for name in wanted} == found
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_sbom_lists_what_is_installed_in_the_image_and_nothing_else(unpacked: Path, name: str) -> None:
-    listed = json.loads((unpacked / "sbom" / f"{name}.cdx.json").read_text())["components"]
+@contextmanager
+def mounted(name: str) -> Iterator[Path]:
+    """The files of an image."""
     buildah = engine()
     container = buildah.run("from", "--pull-never", tag_of(name)).strip()
     try:
-        root = Path(buildah.run("mount", container).strip())
+        yield Path(buildah.run("mount", container).strip())
+    finally:
+        buildah.run("rm", container)
+
+
+@pytest.mark.usefixtures("unpacked")
+@pytest.mark.parametrize("name", NAMES)
+def test_byte_code_in_the_image_is_not_tied_to_the_times_of_its_sources(name: str) -> None:
+    """They are not kept, so it would be compiled again at every start, and differ from build to build."""
+    unchecked_hash = (1).to_bytes(4, "little")
+    with mounted(name) as root:
+        flags = {path: path.read_bytes()[4:8] for path in root.glob("usr/local/lib/python3*/**/*.pyc")}
+    assert len(flags) > 1000
+    assert [path for path, flag in flags.items() if flag != unchecked_hash] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_sbom_lists_what_is_installed_in_the_image_and_nothing_else(unpacked: Path, name: str) -> None:
+    listed = json.loads((unpacked / "sbom" / f"{name}.cdx.json").read_text())["components"]
+    with mounted(name) as root:
         infos = {
             path.stem.rpartition("-")[::2] for path in root.glob("usr/local/lib/python3*/dist-packages/*.dist-info")
         }
         debian = {path.name.partition(":")[0].removesuffix(".list") for path in root.glob("var/lib/dpkg/info/*.list")}
-    finally:
-        buildah.run("rm", container)
     installed = {(normal(project), version) for project, version in infos}
     of_wheels = {(c["name"], c["version"]) for c in listed if c["purl"].startswith("pkg:pypi/")}
     assert of_wheels == installed
