@@ -20,6 +20,8 @@ from sonoforge_trainer.contract import Activity, Progress, split_score
 
 _NEWS_SECONDS = 30.0
 """How long the last news holds while a coordinator is replaced."""
+_STEPPING = (Activity.TRAINING, Activity.CHECKPOINTING, Activity.STOPPED, Activity.FINISHED)
+"""What a group says that steps, or has stepped and is about to leave."""
 
 
 def conditions(
@@ -109,7 +111,7 @@ def _training(job: JobFile, status: JobStatus, observed: Observed, stall: Stall 
         return "Training", False, str(known.activity) if known else "Waiting", "no step since the last start"
     if stall:
         return "Training", False, stall.reason, stall.message
-    if known.activity not in (Activity.TRAINING, Activity.CHECKPOINTING, Activity.STOPPED):  # stopped: they leave
+    if known.activity not in _STEPPING:
         return "Training", False, str(known.activity), ""
     message = f"step {known.step} of {known.steps} on {known.world_size} processes"
     silent = observed.progress is None or not observed.progress.updated

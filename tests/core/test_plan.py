@@ -32,6 +32,7 @@ def test_the_whole_life_of_a_job():
     world.end("eval-", 0, said_scores(0.3))
     world.report(100, 0, 50, 100, activity=Activity.FINISHED)
     world.turn()
+    assert world.status.phase == "Running", "the workers are about to leave: nothing is pending"
     world.end("worker-")
     for score in (0.5, 0.8):
         world.turn()
