@@ -22,8 +22,8 @@ from wheelhouse import ROOT, default_folder
 
 _STATUS = "/var/lib/dpkg/status"
 _SUMS = "SHA256SUMS"
-_NO_FILE = re.compile(r"no such file|could not (find|be found)", re.IGNORECASE)
-"""What podman and docker say of a file that an image does not have."""
+_NO_FILE = re.compile(r"no such container:path|could not (find|be found)", re.IGNORECASE)
+"""What docker up to 20.10, later ones and podman say of a file that an image does not have."""
 
 
 def write_bundle(engine: Engine, wheelhouse: Path, own: Path, target: Path) -> None:
@@ -63,10 +63,8 @@ def save(engine: Engine, name: str, archive: Path) -> None:
     """Save an image as an OCI archive, or as docker writes it: `ctr`, `podman` and `skopeo` read both."""
     tag = tag_of(name)
     match engine.program:
-        case "buildah":
+        case "buildah" | "podman":  # `podman save` would write the name that it gives the image on this machine
             engine.run("push", "--quiet", tag, f"oci-archive:{archive}:{release()}")
-        case "podman":
-            engine.run("save", "--quiet", "--format=oci-archive", f"--output={archive}", tag)
         case _:
             engine.run("save", f"--output={archive}", tag)
 

@@ -10,6 +10,7 @@ from sonoforge_operator.children import (
     held_up,
     inventory_name,
     inventory_wanted,
+    newest_start,
     retention_name,
     size_of,
 )
@@ -20,8 +21,8 @@ from sonoforge_trainer.contract import Activity, Progress, split_score
 
 _NEWS_SECONDS = 30.0
 """How long the last news holds while a coordinator is replaced."""
-_STEPPING = (Activity.TRAINING, Activity.CHECKPOINTING, Activity.STOPPED, Activity.FINISHED)
-"""What a group says that steps, or has stepped and is about to leave."""
+_LEAVING = (Activity.STOPPED, Activity.FINISHED)
+_STEPPING = (Activity.TRAINING, Activity.CHECKPOINTING, *_LEAVING)
 
 
 def conditions(
@@ -107,7 +108,9 @@ def _rendezvoused(answer: Progress | None, running: int) -> _Fact:
 def _training(job: JobFile, status: JobStatus, observed: Observed, stall: Stall | None, now: float) -> _Fact:
     """A run trains when a step ended since its newest process started: what it says of itself is not enough."""
     known = status.progress
-    if known is None or not has_stepped(job, status, observed):
+    # A group that restored the last checkpoint has no step to do.
+    leaves = known is not None and known.activity in _LEAVING and known.updated > newest_start(job, status, observed)
+    if known is None or not (leaves or has_stepped(job, status, observed)):
         return "Training", False, str(known.activity) if known else "Waiting", "no step since the last start"
     if stall:
         return "Training", False, stall.reason, stall.message

@@ -49,6 +49,20 @@ def test_the_whole_life_of_a_job():
     assert world.last.children == ()
 
 
+def test_a_group_that_found_nothing_left_to_do_is_running_until_it_leaves():
+    """Nobody heard the last report of the one before, so this one read the last checkpoint back, and did no step."""
+    world = World()
+    world.turn()
+    world.now += 10
+    world.report(100, 100, activity=Activity.STARTING, step_time=0.0)
+    world.turn()
+    assert world.status.phase == "Pending"
+    world.now += 1
+    world.report(100, 100, activity=Activity.FINISHED, step_time=0.0)
+    world.turn()
+    assert world.status.phase == "Running"
+
+
 def test_a_finished_job_never_changes_again():
     world = World()
     world.turn()
