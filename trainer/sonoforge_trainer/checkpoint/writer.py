@@ -324,12 +324,14 @@ class CheckpointWriter:
         if fault := manifest_fault(manifest):
             raise CheckpointFailedError(fault)
         prefix, digest = checkpoint_prefix(self._uri, staged.step, self._attempt), manifest.digest()
-        for name, text in ((MANIFEST, manifest.to_json()), (COMMIT, digest)):
-            if name == COMMIT:
-                self._require_no_other_group()
-            data = memoryview(text.encode())
-            write_once(self._storage, f"{prefix}/{name}", data, _sha256(data))
+        self._write_text(f"{prefix}/{MANIFEST}", manifest.to_json())
+        self._require_no_other_group()  # as late as can be
+        self._write_text(f"{prefix}/{COMMIT}", digest)
         return reference(prefix, digest, manifest)
+
+    def _write_text(self, uri: str, text: str) -> None:
+        data = memoryview(text.encode())
+        write_once(self._storage, uri, data, _sha256(data))
 
     def _require_no_other_group(self) -> None:
         """Raise SupersededError where another process group of the run has committed a later step than this one.
