@@ -43,7 +43,7 @@ class Faults:
     hold: str | None = None
     """Writes to paths that match this expression are neither passed on nor answered, as long as this lasts."""
     only: str = ""
-    """Refusals are of requests to paths that match this expression alone."""
+    """Refusals and silence are of requests to paths that match this expression alone."""
 
 
 class FaultProxy:
@@ -171,7 +171,7 @@ class FaultProxy:
                 assert request.transport is not None
                 request.transport.abort()
                 return
-            if self.faults.silence:
+            if self.faults.silence and re.search(self.faults.only, request.path):
                 self.counts["silenced"] += bool(lines)
             elif lines:
                 await response.write(lines + end)

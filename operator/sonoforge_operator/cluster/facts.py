@@ -55,6 +55,13 @@ def facts(objects: Objects, status: JobStatus, now: float) -> dict[str, ChildFac
     return found
 
 
+def ended_unseen(objects: Objects) -> set[str]:
+    """Uids of the Jobs of small processes that ended and of which no pod is known: a watch may be late to bring it."""
+    seen = {_owner_uid(pod) for pod in objects.pods}
+    small = [job for job in objects.jobs if _label(job, LABEL_PART) != "worker"]
+    return {_text(job, "metadata", "uid") for job in small if _over(job)} - seen
+
+
 def pod_fact(pod: Document, name: str, now: float) -> ChildFact:
     """A pod as a fact under a name. One that was told to end and never answered counts as ended."""
     phase = _text(pod, "status", "phase")
@@ -140,7 +147,6 @@ def _birth(pod: Document) -> tuple[float, str]:
 
 def _small(job: Document, pods: list[Document], now: float) -> ChildFact:
     name = _label(job, LABEL_CHILD)
-    ended = _condition(job, "Complete") or _condition(job, "Failed") or _condition(job, "FailureTarget")
     found = [pod_fact(pod, name, now) for pod in pods]
     over = [fact for fact in found if not fact.running]
     if over:
@@ -148,7 +154,7 @@ def _small(job: Document, pods: list[Document], now: float) -> ChildFact:
     created = unix_seconds(_text(job, "status", "startTime")) or unix_seconds(
         _text(job, "metadata", "creationTimestamp")
     )
-    if ended and not found:
+    if _over(job) and not found:
         return ChildFact(name, running=False, exit_code=0 if _condition(job, "Complete") else None, started=created)
     if found:
         return found[-1]
@@ -156,6 +162,10 @@ def _small(job: Document, pods: list[Document], now: float) -> ChildFact:
         message = "the queue has not admitted it"
         return ChildFact(name, running=True, waiting="WaitingForQueue", waiting_message=message, started=created)
     return ChildFact(name, running=True, waiting="Starting", started=created)
+
+
+def _over(job: Document) -> bool:
+    return any(_condition(job, kind) for kind in ("Complete", "Failed", "FailureTarget"))
 
 
 def _coordinator(deployment: Document, pods: list[Document], name: str, now: float) -> ChildFact:
