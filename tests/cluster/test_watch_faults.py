@@ -134,7 +134,7 @@ def test_watches_that_fall_silent_are_noticed_and_replaced(world):
 
 
 def test_an_evaluation_that_ended_before_its_pod_is_heard_of_is_not_done_again(world):
-    """The watch of Jobs says that it is complete; that of pods, which has its scores, is silent and renewed."""
+    """The watch of Jobs says that it is complete; that of pods, which has its scores, stays silent."""
     with world.proxy.wrong(silence=True, only="/pods$"):
         world.kubectl("apply", "--filename=-", stdin=JOB)
         world.wait_for_the_end()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from objects import ended, pod, small_job, worker_job
 
-from sonoforge_operator.cluster.facts import Objects, ended_unseen, facts, pod_fact, unanswered
+from sonoforge_operator.cluster.facts import Objects, ended_unheard, facts, pod_fact, unanswered
 from sonoforge_operator.rules import classify
 from sonoforge_operator.status import JobStatus
 
@@ -191,12 +191,12 @@ def test_an_evaluation_whose_pod_is_gone_ended_as_its_job_says():
     assert facts(Objects(jobs=(small_job("eval-a-000"),)), JobStatus(), T0)["eval-a-000"].running
 
 
-def test_the_pod_to_look_for_is_that_of_an_ended_job_alone():
-    jobs = tuple(small_job(f"eval-{c}-000", uid=c, condition=c) for c in ("Complete", "Failed", "FailureTarget"))
-    jobs += (small_job("eval-runs-000", uid="runs"), small_job("eval-seen-000", uid="seen", condition="Complete"))
-    jobs += (worker_job() | {"status": {"conditions": [{"type": "Complete", "status": "True"}]}},)
-    pods = (pod("seen", phase="Succeeded", state=ended(0), part="evaluation"),)
-    assert ended_unseen(Objects(jobs=jobs, pods=pods)) == {"Complete", "Failed", "FailureTarget"}
+def test_unheard_is_a_job_that_is_over_and_whose_pod_is_not_known_to_have_ended():
+    over = {"status": {"conditions": [{"type": "Complete", "status": "True"}]}}
+    conditions = {"gone": "Complete", "failed": "Failed", "late": "Complete", "heard": "Complete", "runs": None}
+    jobs = tuple(small_job(f"eval-{uid}-000", uid=uid, condition=c) for uid, c in conditions.items())
+    pods = (pod("late", uid="a"), pod("heard", uid="b", phase="Succeeded", state=ended(0)), pod("runs", uid="c"))
+    assert ended_unheard(Objects(jobs=(*jobs, worker_job() | over), pods=pods)) == {"gone", "failed", "late"}
 
 
 @pytest.mark.parametrize(

@@ -55,17 +55,16 @@ def facts(objects: Objects, status: JobStatus, now: float) -> dict[str, ChildFac
     return found
 
 
-def ended_unseen(objects: Objects) -> set[str]:
-    """Uids of the Jobs of small processes that ended and of which no pod is known: a watch may be late to bring it."""
-    seen = {_owner_uid(pod) for pod in objects.pods}
+def ended_unheard(objects: Objects) -> set[str]:
+    """Uids of the Jobs of small processes that are over, and of whose pods none is known to have ended."""
+    heard = {_owner_uid(pod) for pod in objects.pods if _has_ended(pod)}
     small = [job for job in objects.jobs if _label(job, LABEL_PART) != "worker"]
-    return {_text(job, "metadata", "uid") for job in small if _over(job)} - seen
+    return {_text(job, "metadata", "uid") for job in small if _is_over(job)} - heard
 
 
 def pod_fact(pod: Document, name: str, now: float) -> ChildFact:
     """A pod as a fact under a name. One that was told to end and never answered counts as ended."""
-    phase = _text(pod, "status", "phase")
-    state = _container_state(pod)
+    phase, state = _text(pod, "status", "phase"), _container_state(pod)
     terminated = _mapping(state.get("terminated"))
     common: dict[str, Any] = {
         "name": name,
@@ -75,7 +74,7 @@ def pod_fact(pod: Document, name: str, now: float) -> ChildFact:
         "created": unix_seconds(_text(pod, "metadata", "creationTimestamp")),
         "disruption": _disruption(pod),
     }
-    if phase in ("Succeeded", "Failed"):
+    if _has_ended(pod):
         code = terminated.get("exitCode")
         said = _termination(terminated)
         return ChildFact(
@@ -95,8 +94,7 @@ def pod_fact(pod: Document, name: str, now: float) -> ChildFact:
 def unanswered(pod: Document, now: float) -> bool:
     """Whether a pod was told to end, had its time, and its node does not say that it did."""
     deadline = unix_seconds(_text(pod, "metadata", "deletionTimestamp"))
-    ended = _text(pod, "status", "phase") in ("Succeeded", "Failed")
-    return bool(deadline) and not ended and now > deadline + _UNANSWERED_SECONDS
+    return bool(deadline) and not _has_ended(pod) and now > deadline + _UNANSWERED_SECONDS
 
 
 # --- each kind of child -----------------------------------------------------------------------------------------------
@@ -154,7 +152,7 @@ def _small(job: Document, pods: list[Document], now: float) -> ChildFact:
     created = unix_seconds(_text(job, "status", "startTime")) or unix_seconds(
         _text(job, "metadata", "creationTimestamp")
     )
-    if _over(job) and not found:
+    if _is_over(job) and not found:
         return ChildFact(name, running=False, exit_code=0 if _condition(job, "Complete") else None, started=created)
     if found:
         return found[-1]
@@ -164,8 +162,8 @@ def _small(job: Document, pods: list[Document], now: float) -> ChildFact:
     return ChildFact(name, running=True, waiting="Starting", started=created)
 
 
-def _over(job: Document) -> bool:
-    return any(_condition(job, kind) for kind in ("Complete", "Failed", "FailureTarget"))
+def _is_over(job: Document) -> bool:
+    return _condition(job, "Complete") or _condition(job, "Failed")
 
 
 def _coordinator(deployment: Document, pods: list[Document], name: str, now: float) -> ChildFact:
@@ -183,6 +181,10 @@ def _coordinator(deployment: Document, pods: list[Document], name: str, now: flo
 
 
 # --- pods -------------------------------------------------------------------------------------------------------------
+
+
+def _has_ended(pod: Document) -> bool:
+    return _text(pod, "status", "phase") in ("Succeeded", "Failed")
 
 
 def _waiting(pod: Document, phase: str, state: Document) -> tuple[str, str]:

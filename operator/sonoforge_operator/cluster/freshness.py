@@ -1,7 +1,8 @@
 """Whether the watches still tell the truth, and what repairs the operator's memory where they do not.
 
 Two proofs: the operator's own Lease, which it renews every few seconds, has to come back through a watch; and now and
-then everything is listed and compared with what the watches told.
+then everything is listed and compared with what the watches told. Pods that one watch
+tells of before their own does are asked for.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Callable, Iterable
 
 import structlog
 
-from sonoforge_operator.cluster.api_client import CHILDREN, OWN, STANDING, Api, ApiError, Kind, NotFoundError
+from sonoforge_operator.cluster.api_client import CHILDREN, OWN, PODS, STANDING, Api, ApiError, Kind, NotFoundError
+from sonoforge_operator.cluster.facts import Objects, ended_unheard
 from sonoforge_operator.cluster.metrics import Metrics
-from sonoforge_operator.cluster.names import SELECTOR, Key
+from sonoforge_operator.cluster.names import LABEL_UID, SELECTOR, Key, Names
 from sonoforge_operator.cluster.store import Store, key_of
 
 log = structlog.get_logger(__name__)
@@ -154,6 +156,41 @@ class Freshness:
                 except ApiError as error:
                     log.warning("comparison-failed", kind=kind.name, status=error.status)
                     self.doubt(kind)
+
+
+class LatePods:
+    """Asks for the pods that the watch of Jobs tells of before their own does."""
+
+    def __init__(self, api: Api, store: Store) -> None:
+        self._api, self._store = api, store
+        self._asked: dict[str, set[str]] = {}
+        """By run, the uids of the Jobs whose pods were asked for."""
+
+    async def objects(self, names: Names) -> Objects:
+        """What the cluster has of a run, with every pod whose Job is over. Raises ApiError.
+
+        Without it, what such a pod said would be lost, and its work done again. The server is asked once for each Job;
+        where it refuses, nothing is known of the run: what was not heard of is not gone.
+        """
+        known = self._store.owned(names)
+        asked = self._asked.setdefault(names.uid, set())
+        unheard = ended_unheard(known) - asked
+        if not unheard:
+            return known
+        there = set()
+        async for pod in self._api.list(PODS, names.key.namespace, selector=f"{SELECTOR},{LABEL_UID}={names.uid}"):
+            self._store.put(PODS.name, pod)
+            there.add(pod["metadata"]["uid"])
+        for before in known.pods:
+            if before["metadata"]["uid"] not in there:
+                self._store.remove(PODS.name, before)
+        asked |= unheard
+        log.info("asked-for-pods", job=str(names.key), ended=len(unheard))
+        return self._store.owned(names)
+
+    def forget(self, uid: str) -> None:
+        """Forget what was asked for a run."""
+        self._asked.pop(uid, None)
 
 
 def _older(known: str | None, listed: str) -> bool:

@@ -30,8 +30,9 @@ from sonoforge_operator.cluster.api_client import (
 )
 from sonoforge_operator.cluster.coordinators import Coordinators, believable
 from sonoforge_operator.cluster.desired import ClusterJob, digest_of, owner_reference
-from sonoforge_operator.cluster.facts import ended_unseen, facts, unanswered
-from sonoforge_operator.cluster.names import LABEL_ATTEMPT, LABEL_CHILD, LABEL_PART, LABEL_UID, Names
+from sonoforge_operator.cluster.facts import facts, unanswered
+from sonoforge_operator.cluster.freshness import LatePods
+from sonoforge_operator.cluster.names import LABEL_ATTEMPT, LABEL_CHILD, LABEL_PART, Names
 from sonoforge_operator.cluster.objects import address_of, is_active, is_done, is_over, label_of, node_of
 from sonoforge_operator.cluster.posting import Posting
 from sonoforge_operator.cluster.projection import checkpoint_document, job_document
@@ -67,7 +68,7 @@ class ClusterPort:
         self._memory: dict[str, _Memory] = {}
         self._sent: dict[str, tuple[str, int]] = {}
         self._refused: dict[str, str] = {}
-        self._sought: dict[str, set[str]] = {}
+        self._late_pods = LatePods(api, store)
         self._posting = Posting(api)
 
     # --- observe ------------------------------------------------------------------------------------------------------
@@ -77,8 +78,7 @@ class ClusterPort:
         status = self._status(job, now)
         if status.terminal:
             return Observed(status=status)
-        await self._seek_pods(job.names)
-        children = facts(self._store.owned(job.names), status, now)
+        children = facts(await self._late_pods.objects(job.names), status, now)
         deployed = self._store.get(DEPLOYMENTS.name, job.names.key.namespace, job.names.coordinator)
         # One that is not ready would only be waited for.
         ready = bool(deployed and (deployed.get("status") or {}).get("readyReplicas"))
@@ -98,18 +98,6 @@ class ClusterPort:
             refused=self._refused.get(uid, ""),
         )
 
-    async def _seek_pods(self, names: Names) -> None:
-        """Ask the server, once, for the pod of a Job that ended before its pod was known: what it said would be lost,
-        and its work done again.
-        """
-        sought = self._sought.setdefault(names.uid, set())
-        unseen = ended_unseen(self._store.owned(names)) - sought
-        if unseen:
-            selector = f"{LABEL_UID}={names.uid},{LABEL_PART}!=worker"
-            async for pod in self._api.list(PODS, names.key.namespace, selector=selector):
-                self._store.put(PODS.name, pod)
-            sought |= unseen
-
     def _status(self, job: ClusterJob, now: float) -> JobStatus:
         """The status as last decided here, or as last written."""
         uid = job.names.uid
@@ -123,7 +111,7 @@ class ClusterPort:
         self._memory.pop(uid, None)
         self._sent.pop(uid, None)
         self._refused.pop(uid, None)
-        self._sought.pop(uid, None)
+        self._late_pods.forget(uid)
         self._coordinators.forget(uid)
 
     # --- record -------------------------------------------------------------------------------------------------------
