@@ -1,8 +1,8 @@
 """Whether the watches still tell the truth, and what repairs the operator's memory where they do not.
 
 Two proofs: the operator's own Lease, which it renews every few seconds, has to come back through a watch; and now and
-then everything is listed and compared with what the watches told. Pods that one watch
-tells of before their own does are asked for.
+then everything is listed and compared with what the watches told. Pods that one watch tells of before their own does
+are asked for.
 """
 
 from __future__ import annotations
