@@ -26,6 +26,8 @@ class IntegrityError(Exception):
 
 SECRET = "/data/DOE_JANE_1970.dcm"
 
+KEPT_BACK = "(its text is not shown: it may hold paths or keys)."
+
 
 @pytest.mark.parametrize(
     ("error", "cause", "code", "message"),
@@ -59,7 +61,10 @@ SECRET = "/data/DOE_JANE_1970.dcm"
         (torch.OutOfMemoryError("uncorrectable ECC error"), "memory", 71, None),
         (ContractError("device lost"), "config", 64, "device lost"),
         (ValueError(SECRET), "application", 1, None),
-        (FileNotFoundError(2, "No such file", SECRET), "application", 1, None),
+        (OSError(28, SECRET, SECRET), "application", 1, f"OSError: No space left on device {KEPT_BACK}"),
+        (FileNotFoundError(SECRET), "application", 1, None),
+        (OSError(10**20, SECRET), "application", 1, None),
+        (OSError([SECRET], SECRET), "application", 1, None),
         (SystemExit(69), "storage", 69, None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -68,7 +73,7 @@ def test_every_failure_has_a_class_and_foreign_text_is_kept_back(error, cause, c
     name = type(error).__name__
     ending = termination.classify(error, rank=3, step=17)
     assert (ending.cause, termination.exit_code(ending)) == (cause, code)
-    assert ending.message == message or ending.message == f"{name} (its text is not shown: it may hold paths or keys)."
+    assert ending.message == (message or f"{name} {KEPT_BACK}")
     assert (ending.exception, ending.rank, ending.step) == (name, 3, 17)
     assert SECRET not in ending.to_json()
 

@@ -8,6 +8,7 @@ the exception and, for exceptions of our own, whose authors keep identifiers out
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -191,4 +192,7 @@ def _cause(exception: BaseException) -> Cause:
 def _message(exception: BaseException) -> str:
     if _is_ours(type(exception)):
         return " ".join(str(exception).split())
-    return f"{type(exception).__name__} (its text is not shown: it may hold paths or keys)."
+    what = type(exception).__name__
+    if isinstance(exception, OSError) and isinstance(exception.errno, int) and exception.errno in errno.errorcode:
+        what += f": {os.strerror(exception.errno)}"  # words of the system, for which there is a number
+    return f"{what} (its text is not shown: it may hold paths or keys)."
