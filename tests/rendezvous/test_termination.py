@@ -1,12 +1,14 @@
 """How failures are named, and what of them is said."""
 
 import json
+import ssl
 
 import pytest
+import structlog
 import torch
 
 from sonoforge_trainer import termination
-from sonoforge_trainer.contract import ContractError, ExitCode, Termination
+from sonoforge_trainer.contract import ENV_TERMINATION_LOG, ContractError, ExitCode, Termination
 
 
 class DamagedShardError(ValueError):
@@ -65,6 +67,7 @@ KEPT_BACK = "(its text is not shown: it may hold paths or keys)."
         (FileNotFoundError(SECRET), "application", 1, None),
         (OSError(10**20, SECRET), "application", 1, None),
         (OSError([SECRET], SECRET), "application", 1, None),
+        (ssl.SSLCertVerificationError(1, SECRET), "application", 1, None),
         (SystemExit(69), "storage", 69, None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -123,6 +126,20 @@ def test_a_report_passes_through_the_error_file_that_torch_reads(tmp_path, monke
     assert failure.message == "DamagedShardError"
     want = Termination(cause="data", message="shard 3 is cut", exception="DamagedShardError", rank=4, step=5)
     assert termination.of_worker(65, failure.error_file_data, rank=4) == want
+
+
+def test_a_full_disk_hides_nothing_but_the_message(tmp_path, monkeypatch):
+    """Every write to /dev/full finds no space left."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    (tmp_path / "error.json.part").symlink_to("/dev/full")
+    monkeypatch.setenv(ENV_TERMINATION_LOG, "/dev/full")
+    with structlog.testing.capture_logs() as logged:
+        assert termination.report(DamagedShardError("shard 3 is cut")) is ExitCode.DATA
+        termination.write(Termination(cause="data"))
+    assert not (tmp_path / "error.json").exists(), "torch does not read half a report"
+    told = [(entry["event"], entry["error"]) for entry in logged]
+    full = "No space left on device"
+    assert told == [("report-not-written", full), ("termination-not-written", full)]
 
 
 def test_a_broken_report_counts_as_none():

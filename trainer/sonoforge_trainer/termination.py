@@ -2,7 +2,8 @@
 
 A worker that fails calls `report`, which writes the file torch gives every worker (TORCHELASTIC_ERROR_FILE) in our own
 form: torch's would hold the exception's text and stack, and those hold paths and keys. What comes out is the class of
-the exception and, for exceptions of our own, whose authors keep identifiers out of messages, the message.
+the exception and, for exceptions of our own, whose authors keep identifiers out of messages, the message; for errors of
+the system, its words for their number. Where nothing can be written, the exit code has to do.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import structlog
+
 from sonoforge_trainer.contract import ENV_TERMINATION_LOG, ContractError, ExitCode, Termination
 from sonoforge_trainer.contract.exits import Cause
+
+_log = structlog.get_logger(__name__)
 
 MAX_BYTES = 4096
 """Size that Kubernetes allows for a termination message."""
@@ -105,7 +110,12 @@ def report(exception: BaseException, *, rank: int | None = None, step: int | Non
             "time": time.time(),
             _KEY: termination.document(),
         }
-        Path(path).write_text(json.dumps(record))
+        part = Path(f"{path}.part")  # half a report would be none, and torch does not read it
+        try:
+            part.write_text(json.dumps(record))
+            part.rename(path)
+        except OSError as error:
+            _log.warning("report-not-written", exception=type(error).__name__, error=_system_words(error))
     return exit_code(termination)
 
 
@@ -140,7 +150,10 @@ def restartable(termination: Termination) -> bool:
 
 
 def write(termination: Termination) -> None:
-    """Write the termination message of this pod, cut to the size that Kubernetes allows, if one is asked for."""
+    """Write the termination message of this pod, cut to the size that Kubernetes allows, if one is asked for.
+
+    Where it cannot be written, the log says so: the process ends as it would have.
+    """
     path = os.environ.get(ENV_TERMINATION_LOG)
     if not path:
         return
@@ -150,7 +163,10 @@ def write(termination: Termination) -> None:
         kept = termination.message.encode()[: max(0, len(termination.message.encode()) - excess - 3)]
         shorter = termination.model_copy(update={"message": kept.decode(errors="ignore") + "…"})
         text = shorter.to_json()
-    Path(path).write_text(text)
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        _log.warning("termination-not-written", exception=type(error).__name__, error=_system_words(error))
 
 
 def die_with_parent() -> None:
@@ -192,7 +208,11 @@ def _cause(exception: BaseException) -> Cause:
 def _message(exception: BaseException) -> str:
     if _is_ours(type(exception)):
         return " ".join(str(exception).split())
-    what = type(exception).__name__
-    if isinstance(exception, OSError) and isinstance(exception.errno, int) and exception.errno in errno.errorcode:
-        what += f": {os.strerror(exception.errno)}"  # words of the system, for which there is a number
-    return f"{what} (its text is not shown: it may hold paths or keys)."
+    what, words = type(exception).__name__, _system_words(exception)
+    return f"{what}{words and f': {words}'} (its text is not shown: it may hold paths or keys)."
+
+
+def _system_words(exception: BaseException) -> str:
+    """What the system says of an error by its number; empty where it has none. Other modules count in their own way."""
+    number = exception.errno if isinstance(exception, OSError) and type(exception).__module__ == "builtins" else None
+    return os.strerror(number) if isinstance(number, int) and number in errno.errorcode else ""

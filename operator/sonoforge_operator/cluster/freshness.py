@@ -16,7 +16,8 @@ import structlog
 from sonoforge_operator.cluster.api_client import CHILDREN, OWN, PODS, STANDING, Api, ApiError, Kind, NotFoundError
 from sonoforge_operator.cluster.facts import Objects, ended_unheard
 from sonoforge_operator.cluster.metrics import Metrics
-from sonoforge_operator.cluster.names import LABEL_UID, SELECTOR, Key, Names
+from sonoforge_operator.cluster.names import LABEL_PART, LABEL_UID, SELECTOR, Key, Names
+from sonoforge_operator.cluster.objects import label_of
 from sonoforge_operator.cluster.store import Store, key_of
 
 log = structlog.get_logger(__name__)
@@ -25,6 +26,8 @@ STALE_SECONDS = 180.0
 """Without a heartbeat through the watch for so long, the operator is not healthy."""
 _GRACE_SECONDS = 10.0
 _GATHER_SECONDS = 1.0
+_LONG_LIVED = ("worker", "coordinator")
+"""Parts of a run whose pods say what they know while they run."""
 
 
 def selector_of(kind: Kind) -> str:
@@ -167,7 +170,7 @@ class LatePods:
         """By run, the uids of the Jobs whose pods were asked for."""
 
     async def objects(self, names: Names) -> Objects:
-        """What the cluster has of a run, with every pod whose Job is over. Raises ApiError.
+        """What the cluster has of a run, with the pods of its small Jobs that are over. Raises ApiError.
 
         Without it, what such a pod said would be lost, and its work done again. The server is asked once for each Job;
         where it refuses, nothing is known of the run: what was not heard of is not gone.
@@ -178,11 +181,12 @@ class LatePods:
         if not unheard:
             return known
         there = set()
-        async for pod in self._api.list(PODS, names.key.namespace, selector=f"{SELECTOR},{LABEL_UID}={names.uid}"):
+        selector = f"{SELECTOR},{LABEL_UID}={names.uid},{LABEL_PART} notin ({','.join(_LONG_LIVED)})"
+        async for pod in self._api.list(PODS, names.key.namespace, selector=selector):
             self._store.put(PODS.name, pod)
             there.add(pod["metadata"]["uid"])
         for before in known.pods:
-            if before["metadata"]["uid"] not in there:
+            if label_of(before, LABEL_PART) not in _LONG_LIVED and before["metadata"]["uid"] not in there:
                 self._store.remove(PODS.name, before)
         asked |= unheard
         log.info("asked-for-pods", job=str(names.key), ended=len(unheard))
