@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ from sonoforge_trainer.train import Run, Told
 
 TOKEN = "a-token-of-the-tests-0123456789"
 HASH_KEY = "ab" * 32
+
+
+def _free_port() -> int:
+    """A port that nobody listens on. The system gives none of these to others, who might take it until it is used."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise LookupError("no port is free between 20,000 and 32,000")
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +119,8 @@ class Tiny:
             }
         )
         defaults = {"device": "cpu", "loader_workers": 0, "record_samples": True, "log_every_steps": 1}
+        # gloo now and then misses that a peer is gone while it sends to it: then nothing but this ends its wait.
+        defaults["collective_timeout_seconds"] = 40
         return RunConfig(
             job="tiny",
             uid="tiny-uid",
@@ -163,9 +175,7 @@ class Tiny:
     def start_ranks(self, config: RunConfig, world_size: int) -> list[subprocess.Popen[bytes]]:
         """Train in several processes without agents: rank 0 hosts the store."""
         self.write(config)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         group["GLOO_SOCKET_IFNAME"] = "lo"
         command = ("-m", "sonoforge_trainer.train")
